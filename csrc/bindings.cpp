@@ -1,0 +1,77 @@
+// fastcl._C: the compiled kernels as Python functions of addresses, sizes and strides.
+//
+// Nothing of PyTorch is linked. The caller (fastcl/kernels/cpu) owns every tensor, keeps it alive
+// for the call, and passes 0 for what is absent.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/tile.h"
+
+namespace py = pybind11;
+using namespace fastcl;
+
+namespace {
+
+using Address = std::uintptr_t;
+template <class T> T* pointer(Address a) { return reinterpret_cast<T*>(a); }
+
+template <class T>
+Tile<T> make_tile(Address s, std::int64_t rows, std::int64_t cols, std::int64_t ld, Address scale,
+                  std::int64_t scale_stride, Address row_bias, std::int64_t row_bias_stride,
+                  Address col_bias, Address row_ids, Address col_ids, py::object diagonal) {
+  using Id = typename Tile<T>::Id;
+  return {pointer<T>(s), rows, cols, ld, pointer<const T>(scale), scale_stride,
+          pointer<const T>(row_bias), row_bias_stride, pointer<const T>(col_bias),
+          pointer<const Id>(row_ids), pointer<const Id>(col_ids),
+          diagonal.is_none() ? kNoDiagonal : diagonal.cast<std::int64_t>()};
+}
+
+template <class T>
+void define(py::module_& m, const char* tile_name) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  py::class_<Tile<T>>(m, tile_name)
+      .def(py::init(&make_tile<T>), py::kw_only(), py::arg("s"), py::arg("rows"), py::arg("cols"),
+           py::arg("ld"), py::arg("scale"), py::arg("scale_stride"), py::arg("row_bias"),
+           py::arg("row_bias_stride"), py::arg("col_bias"), py::arg("row_ids"), py::arg("col_ids"),
+           py::arg("diagonal"));
+  m.def("softmax_statistics",
+        [](const Tile<T>& tile, Address row_max, Address row_sum, Address col_max, Address col_sum,
+           int threads) {
+          kernels<T>().softmax_statistics(tile, {pointer<T>(row_max), pointer<T>(row_sum)},
+                                          {pointer<T>(col_max), pointer<T>(col_sum)}, threads);
+        },
+        Released());
+  m.def("softmax_gradient",
+        [](const Tile<T>& tile, Address row_lse, Address row_weight, Address col_lse,
+           Address col_weight, Address row_gs, Address row_g, Address col_g, int threads) {
+          kernels<T>().softmax_gradient(
+              tile, {pointer<const T>(row_lse), pointer<const T>(row_weight)},
+              {pointer<const T>(col_lse), pointer<const T>(col_weight)},
+              {pointer<T>(row_gs), pointer<T>(row_g), pointer<T>(col_g)}, threads);
+        },
+        Released());
+  m.def("softmax_online",
+        [](const Tile<T>& tile, Address row_max, Address row_sum, Address row_es, Address rescale,
+           int threads) {
+          kernels<T>().softmax_online(tile, {pointer<T>(row_max), pointer<T>(row_sum)},
+                                      pointer<T>(row_es), pointer<T>(rescale), threads);
+        },
+        Released());
+  m.def("sigmoid",
+        [](const Tile<T>& tile, Address row_loss, Address row_weight, bool gradient,
+           Address row_gs, Address row_g, Address col_g, int threads) {
+          kernels<T>().sigmoid(tile, pointer<T>(row_loss), pointer<const T>(row_weight), gradient,
+                               {pointer<T>(row_gs), pointer<T>(row_g), pointer<T>(col_g)}, threads);
+        },
+        Released());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastcl; see csrc/.";
+  m.def("isa", &isa_name, "Instruction set in use: avx512, avx2 or plain.");
+  define<float>(m, "TileF32");
+  define<double>(m, "TileF64");
+}

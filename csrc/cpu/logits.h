@@ -1,0 +1,63 @@
+// From raw similarities to logits in the log2 domain, a vector at a time.
+#pragma once
+
+#include "simd.h"
+#include "tile.h"
+
+namespace fastcl {
+namespace FASTCL_ISA {
+
+// What is constant along one row of a tile.
+template <class T>
+struct RowOf {
+  const T* s;
+  T scale, scale2, bias2;           // scale; scale and bias times log2(e)
+  typename IdOf<T>::type id;
+  std::int64_t dropped;             // column of the dropped pair; may lie outside the tile
+};
+
+template <class T>
+inline RowOf<T> row_of(const Tile<T>& tile, std::int64_t i) {
+  RowOf<T> row;
+  row.s = tile.s + i * tile.ld;
+  row.scale = tile.scale[i * tile.scale_stride];
+  row.scale2 = row.scale * kLog2e<T>;
+  row.bias2 = tile.row_bias ? tile.row_bias[i * tile.row_bias_stride] * kLog2e<T> : T(0);
+  row.id = tile.row_ids ? tile.row_ids[i] : 0;
+  row.dropped = tile.diagonal == kNoDiagonal ? -1 : i + tile.diagonal;
+  return row;
+}
+
+// l for the columns j .. j + width; -inf at dropped pairs and past the last column.
+// `s` receives the raw similarities (0 past the last column).
+template <class T>
+inline typename Simd<T>::V logits(const Tile<T>& tile, const RowOf<T>& row, std::int64_t j,
+                                  typename Simd<T>::V& s) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  constexpr int width = Simd<T>::width;
+  const std::int64_t left = tile.cols - j;
+  s = load_first<V>(row.s + j, left);
+  V l = s * row.scale2 + row.bias2;
+  if (tile.col_bias) l += load_first<V>(tile.col_bias + j, left) * kLog2e<T>;
+  if (tile.col_ids) {
+    const I same = load_first<I>(tile.col_ids + j, left) == row.id;
+    l = same ? V{} + kMinusInfinity<T> : l;
+  }
+  if (__builtin_expect(row.dropped >= j && row.dropped < j + width, 0))
+    l[row.dropped - j] = kMinusInfinity<T>;
+  if (__builtin_expect(left < width, 0))
+    for (int k = static_cast<int>(left); k < width; ++k) l[k] = kMinusInfinity<T>;
+  return l;
+}
+
+// -inf as the reference point of an empty line would make NaN of (-inf) - (-inf).
+template <class T> inline T finite_or_zero(T m) { return m == kMinusInfinity<T> ? T(0) : m; }
+template <class T>
+inline typename Simd<T>::V finite_or_zero_lanes(typename Simd<T>::V m) {
+  using V = typename Simd<T>::V;
+  return m == (V{} + kMinusInfinity<T>) ? V{} : m;
+}
+
+}  // namespace FASTCL_ISA
+}  // namespace fastcl

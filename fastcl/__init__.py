@@ -1,0 +1,28 @@
+"""Contrastive losses for PyTorch whose memory grows with N, not N x N."""
+
+from fastcl import compat, functional, losses, reference
+from fastcl._version import __version__
+from fastcl.functional import clip_loss, info_nce, nt_xent, siglip_loss
+from fastcl.kernels import available_backends, use_backend
+from fastcl.similarity import (
+    similarity_logsumexp,
+    similarity_sigmoid,
+    similarity_weighted_logsumexp,
+)
+
+__all__ = [
+    "__version__",
+    "available_backends",
+    "clip_loss",
+    "compat",
+    "functional",
+    "info_nce",
+    "losses",
+    "nt_xent",
+    "reference",
+    "siglip_loss",
+    "similarity_logsumexp",
+    "similarity_sigmoid",
+    "similarity_weighted_logsumexp",
+    "use_backend",
+]

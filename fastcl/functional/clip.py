@@ -1,0 +1,76 @@
+"""The symmetric loss of two towers: CLIP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastcl.functional.common import Reduction, contrast, normalized, reduce
+from fastcl.similarity.inputs import check_embeddings, check_ids, check_number, check_paired
+from fastcl.similarity.primitives import pair_statistics
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor:
+    r"""Symmetric InfoNCE between two towers, as CLIP, ALIGN and LiT use it.
+
+    .. math::
+        \ell_i = \tfrac12 \Bigl[\log \sum_j e^{l_{ij}} + \log \sum_j e^{l_{ji}}\Bigr] - l_{ii},
+        \qquad l_{ij} = t\,\langle \mathrm{image}_i, \mathrm{text}_j \rangle
+
+    Row and column statistics come from the same tiles; the N x N matrix is never stored.
+
+    Args:
+        image_features, text_features: [N, D], row i of one belonging to row i of the other;
+            float32, bfloat16, float16 or float64. Used as they are: pass unit vectors.
+        logit_scale: t = 1 / temperature, already exponentiated; a float or a tensor with one
+            element, which then gets its gradient. CLIP starts at 1 / 0.07 and clamps at 100.
+        ids: integers [N]; rows with equal ids are never each other's negatives.
+        reduction: "mean", "sum", or "none" -> [N], the mean of an index's two directions.
+        normalize: divide the rows by their L2 norm first.
+        backend: "auto", "reference", "torch" or "cpu".
+        workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
+
+    Returns:
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> image = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1).requires_grad_()
+        >>> text = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1).requires_grad_()
+        >>> fastcl.clip_loss(image, text, logit_scale=14.3).backward()
+
+    Source: Radford et al. 2021, figure 3.
+    """
+    image, text = check_embeddings(image_features=image_features, text_features=text_features)
+    check_paired(image_features=image, text_features=text)
+    scale = check_number("logit_scale", logit_scale, image)
+    ids = check_ids("ids", ids, image.shape[0], image)
+    if normalize:
+        image, text = normalized(image), normalized(text)
+    rows, cols, positive = pair_statistics(
+        image,
+        text,
+        scale=scale,
+        row_ids=ids,
+        col_ids=ids,
+        positives=0,
+        dim="both",
+        backend=backend,
+        workspace=workspace,
+    )
+    assert rows is not None
+    assert cols is not None
+    assert positive is not None
+    return reduce((contrast(positive, rows) + contrast(positive, cols)) / 2, reduction)

@@ -1,0 +1,39 @@
+"""What every loss shares: reductions, normalisation, and the contrast of a positive."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcl.similarity.inputs import accumulation_dtype, check_choice
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduce(values: Tensor, reduction: Reduction) -> Tensor:
+    """Mean, sum, or one value per anchor."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "mean":
+        return values.mean()
+    return values.sum() if reduction == "sum" else values
+
+
+def contrast(positive: Tensor, *negatives: Tensor) -> Tensor:
+    """-log softmax of the positive among logsumexps of negatives: log(1 + sum e^(lse - positive)).
+
+    Exact however small the loss: nothing is subtracted from the positive's own share. A side
+    without negatives is -inf and adds nothing.
+    """
+    loss = positive - positive  # 0, and NaN where the positive is infinite, as eager gives
+    for lse in negatives:
+        loss = torch.logaddexp(loss, lse - positive)
+    return loss
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows divided by their L2 norm, computed in float32 or wider, in the dtype they came in."""
+    return F.normalize(x.to(accumulation_dtype(x)), dim=-1).to(x.dtype)

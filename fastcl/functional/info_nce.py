@@ -1,0 +1,185 @@
+"""InfoNCE: one query, one positive key, and negatives from the batch, a queue, or its own list."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastcl.functional.clip import clip_loss
+from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.kernels import dispatch
+from fastcl.similarity import ops
+from fastcl.similarity.inputs import (
+    SUPPORTED,
+    check_choice,
+    check_embeddings,
+    check_ids,
+    check_paired,
+    check_temperature,
+)
+from fastcl.similarity.primitives import pair_statistics, similarity_weighted_logsumexp
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    negative_mode: Literal["unpaired", "paired"] = "unpaired",
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor:
+    r"""InfoNCE of queries against their positive keys and negatives.
+
+    .. math::
+        \ell_i = -\log \frac{e^{s_i^+ / \tau}}{e^{s_i^+ / \tau} + \sum_{j \in \mathcal{N}_i}
+        e^{s_{ij} / \tau}}, \qquad s_{ij} = \langle \mathrm{query}_i, \mathrm{key}_j \rangle
+
+    Args:
+        query, positive_key: [N, D], row i of one belonging to row i of the other; float32,
+            bfloat16, float16 or float64. Used as they are: pass unit vectors.
+        negative_keys: None: the other rows' positive keys are the negatives (SimCSE, SimCLR's
+            one-sided form). [M, D]: negatives of every query (MoCo's queue). [N, M, D] with
+            ``negative_mode="paired"``: each query's own (mined hard negatives).
+        temperature: tau > 0; a float or a tensor with one element, which then gets its gradient.
+        negative_mode: "unpaired" or "paired", how `negative_keys` is shaped.
+        in_batch: with `negative_keys`, True adds the other rows' positive keys to the negatives;
+            None means that they count only where there are no `negative_keys`.
+        symmetric: average over both directions (CLIP); not with `negative_keys`.
+        ids: integers [N]; rows with equal ids are never each other's in-batch negatives.
+        reduction: "mean", "sum", or "none" -> [N].
+        normalize: divide all rows by their L2 norm first.
+        backend: "auto", "reference", "torch" or "cpu".
+        workspace: bytes that the tiles may take; None means 256 MiB. One direction keeps rows of
+            tiles (512 x M numbers) where they fit and saves a product.
+
+    Returns:
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> query = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1).requires_grad_()
+        >>> key, queue = (torch.nn.functional.normalize(torch.randn(n, 4), dim=-1) for n in (8, 32))
+        >>> fastcl.info_nce(query, key, queue, temperature=0.07).backward()
+
+    Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
+    """
+    query, positive_key = check_embeddings(query=query, positive_key=positive_key)
+    check_paired(query=query, positive_key=positive_key)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
+    in_batch = negative_keys is None if in_batch is None else in_batch
+    _check_options(negative_keys, in_batch, symmetric, ids)
+    ids = check_ids("ids", ids, query.shape[0], query)
+    if negative_keys is not None:
+        query, positive_key, negative_keys = _check_negatives(
+            query, positive_key, negative_keys, negative_mode
+        )
+    scale = check_temperature(temperature, query)
+    if normalize:
+        query, positive_key = normalized(query), normalized(positive_key)
+        negative_keys = None if negative_keys is None else normalized(negative_keys)
+    how: dict[str, Any] = {"backend": backend, "workspace": workspace}
+    if symmetric:
+        return clip_loss(query, positive_key, scale, ids=ids, reduction=reduction, **how)
+
+    if negative_keys is None and reduction != "none":  # weights known up front: one stream
+        total = similarity_weighted_logsumexp(
+            query, positive_key, scale=scale, row_ids=ids, col_ids=ids, positives=0, **how
+        )
+        return total / query.shape[0] if reduction == "mean" else total
+    positive = scale * _pairs(query, positive_key, backend)
+    if not in_batch and negative_mode == "unpaired" and reduction != "none":
+        assert negative_keys is not None
+        total = similarity_weighted_logsumexp(
+            query, negative_keys, scale=scale, row_bias=-positive, add_zero=True, **how
+        )
+        return total / query.shape[0] if reduction == "mean" else total
+
+    negatives = []
+    if in_batch:
+        own, _, positive = pair_statistics(
+            query, positive_key, scale=scale, row_ids=ids, col_ids=ids, positives=0, **how
+        )
+        negatives.append(own)
+    if negative_keys is not None and negative_mode == "unpaired":
+        negatives.append(pair_statistics(query, negative_keys, scale=scale, **how).rows)
+    elif negative_keys is not None:
+        negatives.append(torch.logsumexp(scale * _pairs(query, negative_keys, backend), dim=1))
+    return reduce(contrast(positive, *negatives), reduction)
+
+
+def _pairs(query: Tensor, keys: Tensor, backend: str) -> Tensor:
+    """Similarities of each query with its own key [N, D] or keys [N, M, D], in float32 or wider."""
+    if dispatch.resolve(backend, query.device) == dispatch.REFERENCE:
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        own = query.to(dtype) if keys.dim() == 2 else query.to(dtype)[:, None]
+        return (own * keys.to(dtype)).sum(dim=-1)
+    similarities: Tensor = ops.pair_similarity(query, keys)
+    return similarities
+
+
+def _check_options(
+    negative_keys: Tensor | None, in_batch: bool, symmetric: bool, ids: Tensor | None
+) -> None:
+    if negative_keys is None and not in_batch:
+        raise ValueError(
+            "in_batch=False without negative_keys leaves no negatives: pass negative_keys, or leave "
+            "in_batch at None"
+        )
+    if symmetric and negative_keys is not None:
+        raise ValueError(
+            "symmetric=True has no meaning with negative_keys, which have no second direction: drop "
+            "one of the two"
+        )
+    if ids is not None and not in_batch:
+        raise ValueError(
+            "ids mark in-batch false negatives, and in-batch negatives are off here: pass "
+            "in_batch=True, or drop ids"
+        )
+
+
+def _check_negatives(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor, mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negatives of the shape that their mode asks for, and all three in one dtype."""
+    if not isinstance(negative_keys, Tensor):
+        raise TypeError(f"negative_keys must be a tensor, not {type(negative_keys).__name__}")
+    if mode == "unpaired":
+        if negative_keys.dim() == 3:
+            raise ValueError(
+                f"negative_keys has shape {list(negative_keys.shape)}; expected [M, D]. Pass "
+                'negative_mode="paired" for [N, M, D], each query its own negatives'
+            )
+        query, positive_key, negative_keys = check_embeddings(
+            query=query, positive_key=positive_key, negative_keys=negative_keys
+        )
+        return query, positive_key, negative_keys
+    n, d = query.shape
+    if negative_keys.dim() != 3 or negative_keys.shape[0] != n or negative_keys.shape[2] != d:
+        raise ValueError(
+            f"negative_keys has shape {list(negative_keys.shape)}; expected [{n}, M, {d}] with "
+            'negative_mode="paired"'
+        )
+    if negative_keys.shape[1] == 0:
+        raise ValueError("negative_keys has no negatives (M = 0); pass None for in-batch negatives")
+    if negative_keys.dtype not in SUPPORTED:
+        raise TypeError(f"negative_keys has dtype {negative_keys.dtype}; expected a floating dtype")
+    if negative_keys.device != query.device:
+        raise ValueError(
+            f"query is on {query.device} and negative_keys on {negative_keys.device}: move them to "
+            "one device"
+        )
+    dtype = torch.promote_types(query.dtype, negative_keys.dtype)
+    return query.to(dtype), positive_key.to(dtype), negative_keys.to(dtype)

@@ -1,0 +1,78 @@
+"""The pairwise sigmoid loss: SigLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastcl.functional.common import REDUCTIONS, Reduction, normalized
+from fastcl.similarity.inputs import (
+    check_choice,
+    check_embeddings,
+    check_ids,
+    check_number,
+    check_paired,
+)
+from fastcl.similarity.primitives import similarity_sigmoid
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor:
+    r"""Sigmoid loss of all pairs of two towers, as SigLIP uses it.
+
+    .. math::
+        L = -\frac1N \sum_{ij} \log \sigma(y_{ij} l_{ij}), \qquad
+        l_{ij} = t\,\langle \mathrm{image}_i, \mathrm{text}_j \rangle + b
+
+    with y = +1 on the diagonal and -1 elsewhere. Divided by N, not N^2. Loss and gradients come
+    from one pass over the tiles of the matrix, which is never stored.
+
+    Args:
+        image_features, text_features: [N, D], row i of one belonging to row i of the other;
+            float32, bfloat16, float16 or float64. Used as they are: pass unit vectors.
+        logit_scale: t, already exponentiated; a float or a tensor with one element, which then
+            gets its gradient. SigLIP starts at 10.
+        logit_bias: b, likewise. SigLIP starts at -10.
+        ids: integers [N]; pairs of different rows with equal ids are left out.
+        reduction: "mean", "sum", or "none" -> [N], each image's sum over all texts.
+        normalize: divide the rows by their L2 norm first.
+        backend: "auto", "reference", "torch" or "cpu".
+        workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
+
+    Returns:
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> image = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1).requires_grad_()
+        >>> text = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1).requires_grad_()
+        >>> fastcl.siglip_loss(image, text, logit_scale=10.0, logit_bias=-10.0).backward()
+
+    Source: Zhai et al. 2023, section 3.2, eq. 1.
+    """
+    image, text = check_embeddings(image_features=image_features, text_features=text_features)
+    check_paired(image_features=image, text_features=text)
+    check_choice("reduction", reduction, REDUCTIONS)
+    scale = check_number("logit_scale", logit_scale, image)
+    bias = check_number("logit_bias", logit_bias, image)
+    ids = check_ids("ids", ids, image.shape[0], image)
+    if normalize:
+        image, text = normalized(image), normalized(text)
+    how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
+    how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}
+    loss = similarity_sigmoid(image, text, scale=scale, bias=bias, **how)
+    return loss / image.shape[0] if reduction == "mean" else loss

@@ -1,0 +1,135 @@
+"""The compiled extension as tile kernels, and the backend made of them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels.streamed import StreamedPrimitives
+from fastcl.kernels.tiles import Running, Side, Sums, Tile
+
+_extension: ModuleType | None
+_why_not = ""
+try:
+    # torch was imported above: its OpenMP runtime is the one that the extension finds and shares.
+    from fastcl import _C as _extension  # type: ignore[attr-defined,no-redef,unused-ignore]
+except ImportError as error:
+    _extension, _why_not = None, str(error)
+
+NOT_BUILT = (
+    "fastcl's compiled CPU kernels are not installed ({why}); the portable PyTorch kernels are used "
+    "instead, which are slower. Reinstall with a C++17 compiler present: pip install "
+    "--force-reinstall --no-deps fastcl"
+)
+
+
+def missing_extension() -> str | None:
+    """Why there are no compiled kernels, or None where there are."""
+    return NOT_BUILT.format(why=_why_not) if _extension is None else None
+
+
+def _at(x: Tensor | None) -> int:
+    """The address of a contiguous vector, 0 for None. The caller keeps the tensor alive."""
+    return 0 if x is None else x.data_ptr()
+
+
+class CompiledTiles:
+    """The tile functions of csrc/cpu. Tensors are float32 or float64, contiguous, on the CPU."""
+
+    @staticmethod
+    def _tile(tile: Tile) -> Any:
+        assert _extension is not None
+        make = _extension.TileF64 if tile.s.dtype == torch.float64 else _extension.TileF32
+        row_bias = tile.row_bias
+        return make(
+            s=tile.s.data_ptr(),
+            rows=tile.s.shape[0],
+            cols=tile.s.shape[1],
+            ld=tile.s.stride(0),
+            scale=tile.scale.data_ptr(),
+            scale_stride=int(tile.scale.numel() > 1),
+            row_bias=_at(row_bias),
+            row_bias_stride=int(row_bias is not None and row_bias.numel() > 1),
+            col_bias=_at(tile.col_bias),
+            row_ids=_at(tile.row_ids),
+            col_ids=_at(tile.col_ids),
+            diagonal=tile.diagonal,
+        )
+
+    def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
+        """Adds the tile to the running logsumexps of its rows, its columns, or both."""
+        assert _extension is not None
+        _extension.softmax_statistics(
+            self._tile(tile),
+            _at(rows and rows.max),
+            _at(rows and rows.sum),
+            _at(cols and cols.max),
+            _at(cols and cols.sum),
+            torch.get_num_threads(),
+        )
+
+    def softmax_gradient(
+        self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
+    ) -> None:
+        """s <- scale_i G_ij."""
+        assert _extension is not None
+        _extension.softmax_gradient(
+            self._tile(tile),
+            _at(rows and rows.lse),
+            _at(rows and rows.weight),
+            _at(cols and cols.lse),
+            _at(cols and cols.weight),
+            _at(sums.row_gs),
+            _at(sums.row_g),
+            _at(sums.col_g),
+            torch.get_num_threads(),
+        )
+
+    def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
+        """s <- 2^(l - new max); rescale <- 2^(old max - new max); row_es accumulates sum_j p s."""
+        assert _extension is not None
+        _extension.softmax_online(
+            self._tile(tile),
+            _at(rows.max),
+            _at(rows.sum),
+            _at(row_es),
+            _at(rescale),
+            torch.get_num_threads(),
+        )
+
+    def sigmoid(
+        self,
+        tile: Tile,
+        row_loss: Tensor | None,
+        row_weight: Tensor | None,
+        gradient: bool,
+        sums: Sums,
+    ) -> None:
+        """row_loss_i += sum_j softplus(l_ij); with `gradient`, s <- scale_i weight_i sigmoid(l)."""
+        assert _extension is not None
+        _extension.sigmoid(
+            self._tile(tile),
+            _at(row_loss),
+            _at(row_weight),
+            gradient,
+            _at(sums.row_gs),
+            _at(sums.row_g),
+            _at(sums.col_g),
+            torch.get_num_threads(),
+        )
+
+
+class CpuBackend(StreamedPrimitives):
+    """Compiled tile kernels between PyTorch's matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__(CompiledTiles())
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Needs a CPU tensor and the compiled extension."""
+        if device.type != "cpu":
+            return f"the tensors are on {device}, and it works on the CPU only"
+        return missing_extension()

@@ -1,0 +1,203 @@
+"""The one dispatch table: which backend computes the streamed primitives.
+
+A backend is a module-like object with the methods of :class:`Backend`. ``reference`` stands apart:
+it is ordinary differentiable PyTorch, and :mod:`fastcl.similarity` calls it without a custom op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+REFERENCE = "reference"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One similarity matrix that will never be stored, l_ij = scale_i <u_i, v_j> + biases.
+
+    ``v=None`` means v = u: the matrix is symmetric, and only half of its tiles are made.
+    ``scale`` has one element or N; ``row_bias`` too. Pairs with equal ids are dropped, and so are
+    the pairs (i, i + diagonal), whose raw similarities come back as a vector of their own.
+    ``scale`` and biases are in the accumulation dtype: float64 for float64, else float32.
+    """
+
+    u: Tensor
+    v: Tensor | None
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    diagonal: int | None
+    workspace: int
+
+    @property
+    def keys(self) -> Tensor:
+        """v, or u where they are the same."""
+        return self.u if self.v is None else self.v
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; nothing is computed for the others."""
+
+    u: bool = False
+    v: bool = False
+    scale: bool = False
+    row_bias: bool = False
+    col_bias: bool = False
+
+
+class Gradients(NamedTuple):
+    """Gradients in the order of :class:`Needs`; None where not wanted."""
+
+    u: Tensor | None = None
+    v: Tensor | None = None
+    scale: Tensor | None = None
+    row_bias: Tensor | None = None
+    col_bias: Tensor | None = None
+
+
+class Backend(Protocol):
+    """What a backend offers. All statistics and losses are in the accumulation dtype."""
+
+    default_workspace: int
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device`, or None."""
+
+    def logsumexp(self, stream: Stream, rows: bool, cols: bool) -> tuple[Tensor | None, ...]:
+        """(row logsumexps, column logsumexps, raw similarities on the diagonal)."""
+
+    def logsumexp_backward(
+        self,
+        stream: Stream,
+        row_lse: Tensor | None,
+        col_lse: Tensor | None,
+        grad_rows: Tensor | None,
+        grad_cols: Tensor | None,
+        grad_diagonal: Tensor | None,
+        needs: Needs,
+    ) -> Gradients:
+        """Gradients of <grad_rows, row_lse> + <grad_cols, col_lse> + <grad_diagonal, diagonal>."""
+
+    def weighted_logsumexp(
+        self, stream: Stream, weights: Tensor | None, add_zero: bool, needs: Needs
+    ) -> tuple[Tensor, Gradients]:
+        """(the row values y_i, gradients of sum_i weights_i y_i)."""
+
+    def sigmoid_rows(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """(row sums of softplus(l_ij), raw similarities on the diagonal)."""
+
+    def sigmoid_rows_backward(
+        self, stream: Stream, grad_rows: Tensor | None, grad_diagonal: Tensor | None, needs: Needs
+    ) -> Gradients:
+        """Gradients of <grad_rows, row sums> + <grad_diagonal, diagonal>."""
+
+    def sigmoid_sum(self, stream: Stream, needs: Needs) -> tuple[Tensor, Gradients]:
+        """(sum of softplus(l_ij) plus softplus(-l_ii) on the diagonal, its gradients)."""
+
+
+_BACKENDS: dict[str, Backend] = {}
+_AUTO_ORDER: list[str] = []
+
+
+def register(name: str, backend: Backend) -> None:
+    """Adds a backend. "auto" prefers the one registered last among those that can run."""
+    _BACKENDS[name] = backend
+    _AUTO_ORDER.insert(0, name)
+
+
+def get(name: str) -> Backend:
+    """The backend of that name, which must be registered."""
+    return _BACKENDS[name]
+
+
+def names() -> list[str]:
+    """Every name that ``backend=`` accepts."""
+    return [AUTO, REFERENCE, *_BACKENDS]
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends that can run on `device`, the one that "auto" would choose first.
+
+    Example:
+        >>> import fastcl
+        >>> "reference" in fastcl.available_backends("cpu")
+        True
+    """
+    device = torch.device(device)
+    return [n for n in _AUTO_ORDER if _BACKENDS[n].unavailable(device) is None] + [REFERENCE]
+
+
+class _Forced(threading.local):
+    name: str = AUTO
+
+
+_forced = _Forced()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, in this thread, every call with ``backend="auto"`` uses this backend.
+
+    An explicit ``backend=`` argument wins over the context. "auto" restores the free choice.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+
+    Example:
+        >>> import fastcl, torch
+        >>> u = torch.randn(4, 8)
+        >>> with fastcl.use_backend("reference"):
+        ...     loss = fastcl.info_nce(u, u)
+    """
+    check_name(name)
+    previous = _forced.name
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = previous
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that is in no table."""
+    if name not in names():
+        raise ValueError(f"backend={name!r} is not known; choose one of {', '.join(names())}")
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """The backend that will run: the argument, else the context's, else the best for the device."""
+    check_name(name)
+    if name == AUTO:
+        name = _forced.name
+    if name == REFERENCE:
+        return name
+    if name != AUTO:
+        reason = _BACKENDS[name].unavailable(device)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot be used here: {reason}")
+        return name
+    for candidate in _AUTO_ORDER:
+        if _BACKENDS[candidate].unavailable(device) is None:
+            return candidate
+    return REFERENCE
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str, warn: Callable[[str], None] | None = None) -> None:
+    """A warning the first time, nothing after that."""
+    if message not in _said:
+        _said.add(message)
+        (warn or (lambda text: warnings.warn(text, stacklevel=3)))(message)

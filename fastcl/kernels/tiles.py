@@ -1,0 +1,191 @@
+"""What runs on one tile, and the portable version of it in plain PyTorch.
+
+The same five functions exist compiled (:mod:`fastcl.kernels.cpu`). A tile is a block of raw
+similarities; all exponentials are taken in base 2 (l = logits * log2 e), so that one multiplication
+folds the scale in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of raw similarities s with everything that turns them into logits.
+
+    ``scale`` and ``row_bias`` have one element or one per row; ``diagonal`` is the column of the
+    first row's dropped pair (it may lie outside the tile), or None.
+    """
+
+    s: Tensor
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    diagonal: int | None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running logsumexp for each line, in the log2 domain: value = max + log2(sum)."""
+
+    max: Tensor
+    sum: Tensor
+
+    def __getitem__(self, lines: slice) -> Running:
+        return Running(self.max[lines], self.sum[lines])
+
+    def log2(self) -> Tensor:
+        """The logsumexp in base 2: -inf for a line of which everything was dropped."""
+        return self.max + self.sum.log2()
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of G_ij = sum over sides of weight * 2^(l_ij - lse), lse in base 2."""
+
+    lse: Tensor
+    weight: Tensor
+
+    def __getitem__(self, lines: slice) -> Side:
+        return Side(self.lse[lines], self.weight[lines])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Line sums of gradient tiles, added to: sum_j G s, sum_j G, sum_i G. None: not wanted."""
+
+    row_gs: Tensor | None = None
+    row_g: Tensor | None = None
+    col_g: Tensor | None = None
+
+    def at(self, rows: slice, cols: slice) -> Sums:
+        """The part that belongs to one tile."""
+        row_gs, row_g, col_g = self.row_gs, self.row_g, self.col_g
+        return Sums(
+            None if row_gs is None else row_gs[rows],
+            None if row_g is None else row_g[rows],
+            None if col_g is None else col_g[cols],
+        )
+
+
+class TileKernels(Protocol):
+    """The five functions. All write into what they are given; G and P overwrite ``tile.s``."""
+
+    def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
+        """Adds the tile to the running logsumexps of its rows, its columns, or both."""
+
+    def softmax_gradient(
+        self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
+    ) -> None:
+        """s <- scale_i G_ij."""
+
+    def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
+        """s <- 2^(l - new max); rescale <- 2^(old max - new max); row_es accumulates sum_j p s."""
+
+    def sigmoid(
+        self,
+        tile: Tile,
+        row_loss: Tensor | None,
+        row_weight: Tensor | None,
+        gradient: bool,
+        sums: Sums,
+    ) -> None:
+        """row_loss_i += sum_j softplus(l_ij); with `gradient`, s <- scale_i weight_i sigmoid(l)."""
+
+
+def _line(x: Tensor) -> Tensor:
+    return x.reshape(-1, 1)
+
+
+def _log2_logits(tile: Tile) -> Tensor:
+    logits = tile.s * (_line(tile.scale) * LOG2E)
+    if tile.row_bias is not None:
+        logits += _line(tile.row_bias) * LOG2E
+    if tile.col_bias is not None:
+        logits += tile.col_bias * LOG2E
+    if tile.row_ids is not None and tile.col_ids is not None:
+        logits.masked_fill_(_line(tile.row_ids) == tile.col_ids, -torch.inf)
+    if tile.diagonal is not None and -tile.s.shape[0] < tile.diagonal < tile.s.shape[1]:
+        torch.diagonal(logits, tile.diagonal).fill_(-torch.inf)
+    return logits
+
+
+def _finite_or_zero(x: Tensor) -> Tensor:
+    # An empty line has maximum -inf; as a reference point it would make NaN of (-inf) - (-inf).
+    return torch.where(x == -torch.inf, torch.zeros_like(x), x)
+
+
+class TorchTiles:
+    """The tile functions in plain PyTorch: any device, no compiler."""
+
+    def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
+        logits = _log2_logits(tile)
+        for running, dim in ((rows, 1), (cols, 0)):
+            if running is None:
+                continue
+            new_max = torch.maximum(running.max, logits.amax(dim=dim))
+            ref = _finite_or_zero(new_max)
+            here = torch.exp2(logits - ref.unsqueeze(dim)).sum(dim=dim)
+            running.sum.mul_(torch.exp2(running.max - ref)).add_(here)
+            running.max.copy_(new_max)
+
+    def softmax_gradient(
+        self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
+    ) -> None:
+        logits = _log2_logits(tile)
+        g = torch.zeros_like(logits)
+        if rows is not None:
+            g += torch.exp2(logits - _line(_finite_or_zero(rows.lse))) * _line(rows.weight)
+        if cols is not None:
+            g += torch.exp2(logits - _finite_or_zero(cols.lse)) * cols.weight
+        self._finish(tile, g, sums)
+
+    def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
+        logits = _log2_logits(tile)
+        new_max = torch.maximum(rows.max, logits.amax(dim=1))
+        ref = _finite_or_zero(new_max)
+        e = torch.exp2(logits - _line(ref))
+        rescale.copy_(torch.exp2(rows.max - ref))
+        rows.sum.mul_(rescale).add_(e.sum(dim=1))
+        row_es.mul_(rescale).add_((e * tile.s).sum(dim=1))
+        rows.max.copy_(new_max)
+        tile.s.copy_(e)
+
+    def sigmoid(
+        self,
+        tile: Tile,
+        row_loss: Tensor | None,
+        row_weight: Tensor | None,
+        gradient: bool,
+        sums: Sums,
+    ) -> None:
+        logits = _log2_logits(tile)
+        if row_loss is not None:
+            tails = torch.log1p(torch.exp2(-logits.abs()))
+            row_loss.add_((logits.clamp_min(0) * LN2 + tails).sum(dim=1))
+        if gradient:
+            g = torch.sigmoid(logits * LN2)
+            if row_weight is not None:
+                g *= _line(row_weight)
+            self._finish(tile, g, sums)
+
+    @staticmethod
+    def _finish(tile: Tile, g: Tensor, sums: Sums) -> None:
+        if sums.row_gs is not None:
+            sums.row_gs.add_((g * tile.s).sum(dim=1))
+        if sums.row_g is not None:
+            sums.row_g.add_(g.sum(dim=1))
+        if sums.col_g is not None:
+            sums.col_g.add_(g.sum(dim=0))
+        torch.mul(g, _line(tile.scale), out=tile.s)

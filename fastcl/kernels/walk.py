@@ -1,0 +1,254 @@
+"""The moving parts of a walk over tiles: making them, and gathering gradients from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels.dispatch import Gradients, Needs, Stream
+from fastcl.kernels.plan import Chunk, TilePlan
+from fastcl.kernels.tiles import Sums, Tile
+
+
+class Products(Protocol):
+    """The matrix products of a walk, with accumulation in the accumulation dtype.
+
+    ``operand`` prepares a chunk of embeddings once; what it returns goes into the other three.
+    """
+
+    def operand(self, chunk: Tensor) -> Tensor:
+        """A chunk of rows [R, D], as the products want it."""
+
+    def similarity(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """out = a b^T."""
+
+    def add(self, out: Tensor, g: Tensor, b: Tensor) -> None:
+        """out += g b."""
+
+    def add_transposed(self, out: Tensor, g: Tensor, a: Tensor) -> None:
+        """out += g^T a."""
+
+
+class TorchProducts:
+    """Products by PyTorch's matrix multiplication, in float32 (float64 for float64)."""
+
+    def operand(self, chunk: Tensor) -> Tensor:
+        """Widened and made contiguous; the chunk itself where it is both already."""
+        return chunk.to(accumulation_dtype(chunk.dtype)).contiguous()
+
+    def similarity(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """out = a b^T."""
+        torch.mm(a, b.T, out=out)
+
+    def add(self, out: Tensor, g: Tensor, b: Tensor) -> None:
+        """out += g b."""
+        out.addmm_(g, b)
+
+    def add_transposed(self, out: Tensor, g: Tensor, a: Tensor) -> None:
+        """out += g^T a."""
+        out.addmm_(g.T, a)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _codes(row_ids: Tensor, col_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The ids as small integers as wide as a logit: equal where the ids are equal."""
+    _, codes = torch.unique(torch.cat([row_ids, col_ids]), return_inverse=True)
+    codes = codes.to(torch.int64 if dtype == torch.float64 else torch.int32)
+    return codes[: len(row_ids)].contiguous(), codes[len(row_ids) :].contiguous()
+
+
+class TileMaker:
+    """Makes the tiles of a stream, in storage that every walk step reuses."""
+
+    def __init__(self, stream: Stream, plan: TilePlan, products: Products) -> None:
+        self.stream, self.plan, self.products = stream, plan, products
+        self.dtype = accumulation_dtype(stream.u.dtype)
+        self.storage = stream.u.new_empty(plan.workspace, dtype=self.dtype)
+        self.row_ids = self.col_ids = None
+        if stream.row_ids is not None and stream.col_ids is not None:
+            self.row_ids, self.col_ids = _codes(stream.row_ids, stream.col_ids, self.dtype)
+
+    def rows(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """The chunks of u, each with its operand."""
+        for chunk in self.plan.row_chunks():
+            yield chunk, self.products.operand(self.stream.u[chunk.slice])
+
+    def cols(self, start: int = 0) -> Iterator[tuple[Chunk, Tensor]]:
+        """The chunks of the keys from `start` on, each with its operand."""
+        for chunk in self.plan.col_chunks():
+            if chunk.start >= start:
+                yield chunk, self.products.operand(self.stream.keys[chunk.slice])
+
+    def tile(
+        self,
+        rows: Chunk,
+        cols: Chunk,
+        a: Tensor,
+        b: Tensor,
+        row_bias: Tensor | None,
+        *,
+        made: bool = False,
+    ) -> Tile:
+        """The tile of these chunks; `made`: it is still in the storage of a keeping plan."""
+        start = rows.size * cols.start if self.plan.keep else 0
+        s = self.storage[start : start + rows.size * cols.size].view(rows.size, cols.size)
+        if not made:
+            self.products.similarity(a, b, s)
+        stream, r, c = self.stream, rows.slice, cols.slice
+        return Tile(
+            s=s,
+            scale=_rows_of(stream.scale, r),
+            row_bias=None if row_bias is None else _rows_of(row_bias, r),
+            col_bias=None if stream.col_bias is None else stream.col_bias[c],
+            row_ids=None if self.row_ids is None else self.row_ids[r],
+            col_ids=None if self.col_ids is None else self.col_ids[c],
+            diagonal=None if stream.diagonal is None else stream.diagonal + rows.start - cols.start,
+        )
+
+
+def _rows_of(x: Tensor, rows: slice) -> Tensor:
+    """The rows of a per-row vector; a single number serves all rows."""
+    return x.reshape(1) if x.numel() == 1 else x[rows]
+
+
+def diagonal_rows(stream: Stream) -> int:
+    """How many rows have a partner on the dropped diagonal (as torch.diagonal counts)."""
+    if stream.diagonal is None:
+        return 0
+    return max(0, min(stream.u.shape[0], stream.keys.shape[0] - stream.diagonal))
+
+
+_PAIR_ELEMENTS = 1 << 19  # widened elements that a step of a loop over pairs may hold
+
+
+def pair_chunks(rows: int, dim: int) -> Iterator[slice]:
+    """Slices of rows whose widened copies stay small."""
+    step = max(1, _PAIR_ELEMENTS // dim)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def diagonal_similarities(stream: Stream) -> Tensor | None:
+    """<u_i, v_(i + diagonal)>, accumulated in float32 or wider."""
+    if stream.diagonal is None:
+        return None
+    rows, dtype = diagonal_rows(stream), accumulation_dtype(stream.u.dtype)
+    out = stream.u.new_empty(rows, dtype=dtype)
+    partners = stream.keys[stream.diagonal :]
+    for part in pair_chunks(rows, stream.u.shape[1]):
+        torch.sum(stream.u[part].to(dtype) * partners[part].to(dtype), dim=1, out=out[part])
+    return out
+
+
+@dataclass
+class Accumulator:
+    """Collects the gradients of a walk: rows of u chunk by chunk, v in one full accumulator.
+
+    For 16-bit inputs only v's accumulator is a full float32 copy. With `store`, gradients are
+    returned in that dtype instead of the inputs' own.
+    """
+
+    stream: Stream
+    needs: Needs
+    products: Products
+    store: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        stream, needs = self.stream, self.needs
+        u, keys = stream.u, stream.keys
+        self.dtype = accumulation_dtype(u.dtype)
+        self.store = self.store or u.dtype
+        symmetric = stream.v is None
+        self.du = self.dv = None
+        if symmetric and needs.u:
+            self.dv = u.new_zeros(u.shape, dtype=self.dtype)
+        elif needs.u:
+            self.du = u.new_empty(u.shape, dtype=self.store)
+        if not symmetric and needs.v:
+            self.dv = keys.new_zeros(keys.shape, dtype=self.dtype)
+        self.sums = Sums(
+            row_gs=u.new_zeros(len(u), dtype=self.dtype) if needs.scale else None,
+            row_g=u.new_zeros(len(u), dtype=self.dtype) if needs.row_bias else None,
+            col_g=u.new_zeros(len(keys), dtype=self.dtype) if needs.col_bias else None,
+        )
+
+    def row_chunk(self, rows: Chunk) -> Tensor | None:
+        """A zeroed accumulator for these rows of u's gradient, or None if it is not wanted."""
+        if self.du is None:
+            return None
+        if self.du.dtype == self.dtype:
+            return self.du[rows.slice].zero_()
+        return self.du.new_zeros((rows.size, self.du.shape[1]), dtype=self.dtype)
+
+    def add(
+        self, tile: Tile, cols: Chunk, a: Tensor, b: Tensor, du_chunk: Tensor | None
+    ) -> None:
+        """Adds what one gradient tile gives to both towers."""
+        if du_chunk is not None:
+            self.products.add(du_chunk, tile.s, b)
+        if self.dv is not None:
+            self.products.add_transposed(self.dv[cols.slice], tile.s, a)
+
+    def finish_rows(self, rows: Chunk, du_chunk: Tensor | None, grad_pairs: Tensor | None) -> None:
+        """Adds the pairs' own term to these rows and stores them."""
+        if self.du is None or du_chunk is None:
+            return
+        if grad_pairs is not None and self.stream.diagonal is not None:
+            stop = min(rows.stop, len(grad_pairs))
+            partners = self.stream.keys[self.stream.diagonal :]
+            self._add_pairs(du_chunk, grad_pairs, partners, rows.start, stop)
+        if self.du.dtype != self.dtype:
+            self.du[rows.slice] = du_chunk
+
+    def finish(
+        self,
+        grad_pairs: Tensor | None,
+        grad_scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> Gradients:
+        """All gradients, in the dtypes and shapes of their inputs.
+
+        `grad_pairs` is the gradient with respect to the raw similarities on the diagonal.
+        `grad_scale` may add to the per-row gradients of the scale before they are summed.
+        """
+        stream, needs = self.stream, self.needs
+        symmetric = stream.v is None
+        if self.dv is not None and grad_pairs is not None and stream.diagonal is not None:
+            target = self.dv[stream.diagonal :]
+            factor = 2 * grad_pairs if symmetric else grad_pairs
+            self._add_pairs(target, factor, stream.u, 0, len(grad_pairs))
+        dv = None if self.dv is None else self.dv.to(self.store)
+        scale = self.sums.row_gs
+        if scale is not None:
+            scale = grad_scale(scale) if grad_scale is not None else scale
+            scale = _like(scale, stream.scale)
+        row_bias = self.sums.row_g
+        if row_bias is not None and stream.row_bias is not None:
+            row_bias = _like(row_bias, stream.row_bias)
+        return Gradients(
+            dv if symmetric else self.du,
+            None if symmetric else dv,
+            scale if needs.scale else None,
+            row_bias if needs.row_bias else None,
+            self.sums.col_g if needs.col_bias else None,
+        )
+
+    def _add_pairs(
+        self, target: Tensor, factor: Tensor, partners: Tensor, start: int, stop: int
+    ) -> None:
+        """target_(i - start) += factor_i partners_i for i in [start, stop); target from `start`."""
+        for part in pair_chunks(max(0, stop - start), target.shape[1]):
+            here = slice(part.start + start, part.stop + start)
+            target[part].addcmul_(factor[here, None], partners[here].to(self.dtype))
+
+
+def _like(per_row: Tensor, given: Tensor) -> Tensor:
+    """A per-row gradient summed where the input was a single number, in the input's shape."""
+    return per_row.sum().reshape(given.shape) if given.numel() == 1 else per_row

@@ -1,0 +1,155 @@
+"""What callers may pass, checked at once: shapes, dtypes, devices and Python numbers.
+
+The values of tensors are never read: that would stop a GPU, and break tracing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MIXED_16 = {torch.float16, torch.bfloat16}
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and losses: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in x.shape) + "]"
+
+
+def check_embeddings(**named: Tensor) -> list[Tensor]:
+    """Matrices of embeddings [N, D] that share D, device and, after promotion, dtype."""
+    names, tensors = list(named), list(named.values())
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor of shape [N, D], not {_type(x)}")
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name} has shape {_shape(x)}; expected [N, D], one embedding per row"
+                + (" (flatten the leading dimensions first)" if x.dim() > 2 else "")
+            )
+        if x.dtype not in SUPPORTED:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; expected one of "
+                + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED)
+            )
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(
+                f"{name} is empty (shape {_shape(x)}): a contrastive loss needs at least one row "
+                "and one dimension; skip the step for an empty batch"
+            )
+    first = tensors[0]
+    for name, x in zip(names[1:], tensors[1:], strict=True):
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{names[0]} has dimension {first.shape[1]} and {name} has {x.shape[1]}: "
+                "embeddings that are compared must have the same dimension D"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{names[0]} is on {first.device} and {name} on {x.device}: move them to one device"
+            )
+    dtype = first.dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in tensors]
+
+
+def check_paired(**named: Tensor) -> None:
+    """Rows that belong together, one to one."""
+    (name_a, a), (name_b, b) = named.items()
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(
+            f"{name_a} has {a.shape[0]} rows and {name_b} has {b.shape[0]}: row i of one is the "
+            "positive of row i of the other, so they need the same number of rows"
+        )
+
+
+def check_number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A float, or a tensor with one element, as a 0-dim tensor in the accumulation dtype."""
+    return check_scale(name, value, like, per_row=False)
+
+
+def check_scale(name: str, value: float | Tensor, like: Tensor, *, per_row: bool = True) -> Tensor:
+    """A float, a tensor with one element, or (with `per_row`) one number per row of `like`."""
+    dtype = accumulation_dtype(like)
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}; expected a floating-point tensor")
+        if value.dim() <= 1 and value.numel() == 1:
+            return value.reshape(()).to(device=like.device, dtype=dtype)
+        if per_row and value.shape == like.shape[:1]:
+            return value.to(device=like.device, dtype=dtype)
+        rows = f", or [{like.shape[0]}] (one per row)" if per_row else ""
+        raise ValueError(
+            f"{name} has shape {_shape(value)}; expected a float or a tensor with one element{rows}"
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor with one element, not {_type(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+def check_temperature(value: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature, as a 0-dim tensor; a Python number must be positive."""
+    if not isinstance(value, Tensor):
+        number = check_number("temperature", value, like)
+        if value <= 0:
+            raise ValueError(f"temperature is {value}; expected a positive number such as 0.07")
+        return number.reciprocal()
+    return check_number("temperature", value, like).reciprocal()
+
+
+def check_vector(name: str, value: Tensor | None, length: int, like: Tensor) -> Tensor | None:
+    """A floating vector of that length, in the accumulation dtype."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.shape != (length,) or not value.is_floating_point():
+        given = f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else _type(value)
+        raise ValueError(f"{name} is {given}; expected a floating-point tensor of shape [{length}]")
+    return value.to(device=like.device, dtype=accumulation_dtype(like))
+
+
+def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tensor | None:
+    """Integers [length] on the device of the embeddings."""
+    if ids is None:
+        return None
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape [{length}], not {_type(ids)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {ids.dtype}; expected integers (ids are compared for equality)")
+    if ids.shape != (length,):
+        raise ValueError(f"{name} has shape {_shape(ids)}; expected [{length}], one id per row")
+    return ids.to(like.device)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def check_workspace(workspace: int | None, default: int) -> int:
+    """A budget in bytes; None takes the backend's default."""
+    if workspace is None:
+        return default
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace must be a number of bytes (an int), not {_type(workspace)}")
+    if workspace < 1 << 16:
+        raise ValueError(
+            f"workspace is {workspace} bytes; expected at least {1 << 16} (64 KiB), such as 256 << 20"
+        )
+    return workspace
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,390 @@
+"""The streamed primitives as PyTorch custom operators, with their gradients.
+
+Each forward is one operator, and so is each backward, so that ``torch.compile`` sees opaque calls
+with known shapes, and so that a second derivative is refused with a clear error rather than being
+silently wrong. The bodies only unpack arguments, switch autocast off, and call a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels import dispatch
+from fastcl.kernels.dispatch import Gradients, Needs, Stream
+
+# The arguments that describe a stream lead every operator, in this order.
+_STREAM = (
+    "Tensor u, Tensor? v, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? row_ids, "
+    "Tensor? col_ids, SymInt? diagonal, str backend, int workspace"
+)
+_STREAM_ARGS = 10
+_DIFFERENTIABLE = 5  # of those, the leading ones that have a gradient: u, v, scale, the biases
+_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+
+
+def _unpack(args: Sequence[Any]) -> tuple[dispatch.Backend, Stream, Sequence[Any]]:
+    u, v, scale, row_bias, col_bias, row_ids, col_ids, diagonal, name, workspace = args[:10]
+    stream = Stream(
+        u,
+        v,
+        scale.contiguous(),
+        None if row_bias is None else row_bias.contiguous(),
+        None if col_bias is None else col_bias.contiguous(),
+        row_ids,
+        col_ids,
+        diagonal,
+        workspace,
+    )
+    return dispatch.get(name), stream, args[_STREAM_ARGS:]
+
+
+def _operator(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers an operator whose body runs with autocast off."""
+
+    def run(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return body(*args)
+
+    op = torch.library.custom_op(f"fastcl::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def _refuse_second_derivative(op: Any) -> None:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            "fastcl's streamed losses can be differentiated once; for second derivatives "
+            '(create_graph=True, torch.func.hessian) use backend="reference", which is ordinary '
+            "PyTorch and stores the similarity matrix"
+        )
+
+    op.register_autograd(backward)
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """An operator may not return None."""
+    return like.new_empty(0) if x is None else x
+
+
+def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_or_empty(g, like) for g in gradients)
+
+
+def _fake_gradients(args: Sequence[Any], needs: Sequence[bool], stored: bool) -> tuple[Tensor, ...]:
+    """Shapes of the five gradients; `stored`: as they wait for the backward."""
+    dtype = args[0].dtype
+    if stored and dtype == torch.float16:
+        dtype = torch.float32
+    shapes = []
+    for x, wanted in zip(args[:_DIFFERENTIABLE], needs, strict=True):
+        embeddings = x is not None and x.dim() == 2
+        if not wanted or x is None:
+            shapes.append(args[0].new_empty(0))
+        else:
+            shapes.append(x.new_empty(x.shape, dtype=dtype if embeddings else x.dtype))
+    return tuple(shapes)
+
+
+def _diagonal_length(u: Tensor, v: Tensor | None, diagonal: int | None) -> int:
+    if diagonal is None:
+        return 0
+    return torch.sym_min(u.shape[0], (u if v is None else v).shape[0] - diagonal)
+
+
+def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
+
+
+# ---- logsumexp by rows, by columns, or both ---------------------------------------------------
+
+
+def _logsumexp_body(*args: Any) -> tuple[Tensor, ...]:
+    backend, stream, (rows, cols) = _unpack(args)
+    return tuple(_or_empty(x, stream.scale) for x in backend.logsumexp(stream, rows, cols))
+
+
+def _logsumexp_fake(*args: Any) -> tuple[Tensor, ...]:
+    u, v, diagonal, (rows, cols) = args[0], args[1], args[7], args[_STREAM_ARGS:]
+    keys = u if v is None else v
+    lengths = (
+        u.shape[0] if rows else 0,
+        keys.shape[0] if cols else 0,
+        _diagonal_length(u, v, diagonal),
+    )
+    return tuple(u.new_empty(n, dtype=_accumulation(u)) for n in lengths)
+
+
+logsumexp = _operator(
+    "logsumexp",
+    f"({_STREAM}, bool rows, bool cols) -> (Tensor, Tensor, Tensor)",
+    _logsumexp_body,
+    _logsumexp_fake,
+)
+
+
+def _logsumexp_backward_body(*args: Any) -> tuple[Tensor, ...]:
+    backend, stream, rest = _unpack(args)
+    row_lse, col_lse, grad_rows, grad_cols, grad_diagonal, needs = rest
+    gradients = backend.logsumexp_backward(
+        stream, row_lse, col_lse, grad_rows, grad_cols, grad_diagonal, Needs(*needs)
+    )
+    return _filled(gradients, stream.scale)
+
+
+_logsumexp_backward = _operator(
+    "logsumexp_backward",
+    f"({_STREAM}, Tensor row_lse, Tensor col_lse, Tensor? grad_rows, Tensor? grad_cols, "
+    f"Tensor? grad_diagonal, bool[] needs) -> ({_GRADIENTS})",
+    _logsumexp_backward_body,
+    lambda *args: _fake_gradients(args, args[-1], stored=False),
+)
+_refuse_second_derivative(_logsumexp_backward)
+
+
+def _save_stream(ctx: Any, inputs: Sequence[Any], *more: Tensor) -> None:
+    """Keeps a stream's tensors and its plain arguments; `more` tensors come after them."""
+    ctx.save_for_backward(*inputs[:7], *more)
+    ctx.plain = inputs[7:_STREAM_ARGS]
+    ctx.set_materialize_grads(False)
+
+
+def _logsumexp_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    _save_stream(ctx, inputs, output[0], output[1])
+
+
+def _logsumexp_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_DIFFERENTIABLE]
+    result = _logsumexp_backward(*saved[:7], *ctx.plain, *saved[7:], *grads, list(needs))
+    return _wanted(result, needs) + (None,) * (_STREAM_ARGS + 2 - _DIFFERENTIABLE)
+
+
+logsumexp.register_autograd(_logsumexp_grad, setup_context=_logsumexp_setup)
+
+
+# ---- sums whose gradient is made in the forward -----------------------------------------------
+
+
+def _scaled_body(grad: Tensor, gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """grad_output times gradients of unit weight, in float32, in fresh tensors."""
+    out = []
+    for g in gradients:
+        result = torch.empty_like(g, dtype=dtype if g.dim() == 2 else g.dtype)
+        step = max(1, (1 << 19) // max(1, g.shape[1])) if g.dim() == 2 else max(1, g.numel())
+        for start in range(0, g.shape[0] if g.dim() else 1, step):
+            part = (Ellipsis,) if g.dim() == 0 else slice(start, start + step)
+            result[part] = g[part].to(grad.dtype) * grad
+        out.append(result)
+    return out
+
+
+_scaled = _operator(
+    "scaled",
+    "(Tensor grad, Tensor[] gradients, ScalarType dtype) -> Tensor[]",
+    _scaled_body,
+    lambda grad, gradients, dtype: [
+        torch.empty_like(g, dtype=dtype if g.dim() == 2 else g.dtype) for g in gradients
+    ],
+)
+_refuse_second_derivative(_scaled)
+
+
+def _save_made(ctx: Any, inputs: Sequence[Any], made: Sequence[Tensor], *more: Tensor) -> None:
+    """Keeps gradients that the forward made; they and `more` are not differentiable outputs."""
+    ctx.mark_non_differentiable(*made, *more)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*made, *more)
+    ctx.dtype = inputs[0].dtype
+    ctx.needs = inputs[-1]
+
+
+def _made_gradients(ctx: Any, grad: Tensor, made: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return _wanted(_scaled(grad, list(made), ctx.dtype), ctx.needs)
+
+
+def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
+    backend, stream, (weights, add_zero, needs) = _unpack(args)
+    weights = None if weights is None else weights.contiguous()
+    values, gradients = backend.weighted_logsumexp(stream, weights, add_zero, Needs(*needs))
+    total = values.sum() if weights is None else torch.dot(values, weights)
+    return (total, values, *_filled(gradients, stream.scale))
+
+
+def _weighted_fake(*args: Any) -> tuple[Tensor, ...]:
+    dtype = _accumulation(args[0])
+    values = args[0].new_empty(args[0].shape[0], dtype=dtype)
+    return (args[0].new_empty((), dtype=dtype), values, *_fake_gradients(args, args[-1], True))
+
+
+weighted_logsumexp = _operator(
+    "weighted_logsumexp",
+    f"({_STREAM}, Tensor? weights, bool add_zero, bool[] needs) -> (Tensor, Tensor, {_GRADIENTS})",
+    _weighted_body,
+    _weighted_fake,
+)
+
+
+def _weighted_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    _save_made(ctx, inputs, output[2:], output[1])
+
+
+def _weighted_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *made, values = ctx.saved_tensors
+    if grad is None:
+        return (None,) * (_STREAM_ARGS + 3)
+    grad_weights = grad * values if ctx.needs_input_grad[_STREAM_ARGS] else None
+    rest = (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
+    return (*_made_gradients(ctx, grad, made), *rest, grad_weights, None, None)
+
+
+weighted_logsumexp.register_autograd(_weighted_grad, setup_context=_weighted_setup)
+
+
+def _sigmoid_sum_body(*args: Any) -> tuple[Tensor, ...]:
+    backend, stream, (needs,) = _unpack(args)
+    total, gradients = backend.sigmoid_sum(stream, Needs(*needs))
+    return (total, *_filled(gradients, stream.scale))
+
+
+sigmoid_sum = _operator(
+    "sigmoid_sum",
+    f"({_STREAM}, bool[] needs) -> (Tensor, {_GRADIENTS})",
+    _sigmoid_sum_body,
+    lambda *args: (
+        args[0].new_empty((), dtype=_accumulation(args[0])),
+        *_fake_gradients(args, args[-1], True),
+    ),
+)
+
+
+def _sigmoid_sum_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    _save_made(ctx, inputs, output[1:])
+
+
+def _sigmoid_sum_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * (_STREAM_ARGS + 1)
+    rest = (None,) * (_STREAM_ARGS + 1 - _DIFFERENTIABLE)
+    return (*_made_gradients(ctx, grad, ctx.saved_tensors), *rest)
+
+
+sigmoid_sum.register_autograd(_sigmoid_sum_grad, setup_context=_sigmoid_sum_setup)
+
+
+# ---- sigmoid, row by row ----------------------------------------------------------------------
+
+
+def _sigmoid_rows_body(*args: Any) -> tuple[Tensor, Tensor]:
+    backend, stream, _ = _unpack(args)
+    rows, pairs = backend.sigmoid_rows(stream)
+    return rows, _or_empty(pairs, stream.scale)
+
+
+def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    u, dtype = args[0], _accumulation(args[0])
+    pairs = _diagonal_length(u, args[1], args[7])
+    return u.new_empty(u.shape[0], dtype=dtype), u.new_empty(pairs, dtype=dtype)
+
+
+sigmoid_rows = _operator(
+    "sigmoid_rows", f"({_STREAM}) -> (Tensor, Tensor)", _sigmoid_rows_body, _sigmoid_rows_fake
+)
+
+
+def _sigmoid_rows_backward_body(*args: Any) -> tuple[Tensor, ...]:
+    backend, stream, (grad_rows, grad_diagonal, needs) = _unpack(args)
+    grad_rows = None if grad_rows is None else grad_rows.contiguous()
+    return _filled(
+        backend.sigmoid_rows_backward(stream, grad_rows, grad_diagonal, Needs(*needs)),
+        stream.scale,
+    )
+
+
+_sigmoid_rows_backward = _operator(
+    "sigmoid_rows_backward",
+    f"({_STREAM}, Tensor? grad_rows, Tensor? grad_diagonal, bool[] needs) -> ({_GRADIENTS})",
+    _sigmoid_rows_backward_body,
+    lambda *args: _fake_gradients(args, args[-1], stored=False),
+)
+_refuse_second_derivative(_sigmoid_rows_backward)
+
+
+def _sigmoid_rows_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_DIFFERENTIABLE]
+    result = _sigmoid_rows_backward(*saved, *ctx.plain, *grads, list(needs))
+    return _wanted(result, needs) + (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
+
+
+sigmoid_rows.register_autograd(
+    _sigmoid_rows_grad, setup_context=lambda ctx, inputs, output: _save_stream(ctx, inputs)
+)
+
+
+# ---- pairs of rows ----------------------------------------------------------------------------
+
+
+def _pair_chunks(keys: Tensor) -> list[slice]:
+    step = max(1, (1 << 19) // max(1, keys[0].numel()))
+    return [slice(i, i + step) for i in range(0, keys.shape[0], step)]
+
+
+def _pair_body(query: Tensor, keys: Tensor) -> Tensor:
+    dtype = _accumulation(query)
+    out = query.new_empty(keys.shape[:-1], dtype=dtype)
+    for part in _pair_chunks(keys):
+        q = query[part].to(dtype)
+        out[part] = (keys[part].to(dtype) * (q if keys.dim() == 2 else q[:, None])).sum(dim=-1)
+    return out
+
+
+pair_similarity = _operator(
+    "pair_similarity",
+    "(Tensor query, Tensor keys) -> Tensor",
+    _pair_body,
+    lambda query, keys: query.new_empty(keys.shape[:-1], dtype=_accumulation(query)),
+)
+
+
+def _pair_backward_body(
+    grad: Tensor, query: Tensor, keys: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    dq = torch.empty_like(query) if needs[0] else query.new_empty(0)
+    dk = torch.empty_like(keys) if needs[1] else query.new_empty(0)
+    for part in _pair_chunks(keys):
+        g = grad[part, ..., None]
+        q = query[part].to(grad.dtype)
+        if needs[0]:
+            product = g * keys[part].to(grad.dtype)
+            dq[part] = product if keys.dim() == 2 else product.sum(dim=1)
+        if needs[1]:
+            dk[part] = g * (q if keys.dim() == 2 else q[:, None])
+    return dq, dk
+
+
+_pair_backward = _operator(
+    "pair_similarity_backward",
+    "(Tensor grad, Tensor query, Tensor keys, bool[] needs) -> (Tensor, Tensor)",
+    _pair_backward_body,
+    lambda grad, query, keys, needs: (
+        torch.empty_like(query) if needs[0] else query.new_empty(0),
+        torch.empty_like(keys) if needs[1] else query.new_empty(0),
+    ),
+)
+_refuse_second_derivative(_pair_backward)
+
+
+def _pair_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad)
+    return _wanted(_pair_backward(grad, *ctx.saved_tensors, needs), needs)
+
+
+pair_similarity.register_autograd(
+    _pair_grad, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)

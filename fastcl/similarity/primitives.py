@@ -1,0 +1,453 @@
+"""The streamed primitives: a few statistics of a similarity matrix that is never stored."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl import reference
+from fastcl.kernels import dispatch
+from fastcl.similarity import ops
+from fastcl.similarity.inputs import (
+    check_choice,
+    check_embeddings,
+    check_ids,
+    check_number,
+    check_scale,
+    check_vector,
+    check_workspace,
+)
+
+
+class _Arguments(NamedTuple):
+    """A stream's arguments as the operators take them, checked and in their final dtypes."""
+
+    u: Tensor
+    v: Tensor | None
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    diagonal: int | None
+    backend: str
+    workspace: int
+
+    @property
+    def needs(self) -> list[bool]:
+        """Which of u, v, scale, row_bias, col_bias want a gradient now."""
+        on = torch.is_grad_enabled()
+        return [on and x is not None and x.requires_grad for x in self[:5]]
+
+
+def _arguments(
+    u: Tensor,
+    v: Tensor | None,
+    scale: float | Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    diagonal: int | None,
+    backend: str,
+    workspace: int | None,
+) -> _Arguments:
+    if v is None:
+        (u,) = check_embeddings(u=u)
+        col_ids = row_ids if col_ids is None else col_ids
+    else:
+        u, v = check_embeddings(u=u, v=v)
+    n, m = u.shape[0], (u if v is None else v).shape[0]
+    if (row_ids is None) != (col_ids is None):
+        given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
+        raise ValueError(f"{given} is given without {missing}: ids of both sides are compared")
+    if diagonal is not None:
+        if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
+            raise TypeError(f"mask_diagonal must be an int or None, not {type(diagonal).__name__}")
+        if diagonal < 0 or diagonal >= m:
+            raise ValueError(
+                f"mask_diagonal is {diagonal}; expected 0 to {m - 1}: it is the column of row 0's pair"
+            )
+    scale = check_scale("scale", scale, u)
+    row_bias = check_vector("row_bias", row_bias, n, u)
+    col_bias = check_vector("col_bias", col_bias, m, u)
+    name = dispatch.resolve(backend, u.device)
+    default = 0 if name == dispatch.REFERENCE else dispatch.get(name).default_workspace
+    if v is None and (scale.dim() or row_bias is not None or col_bias is not None or diagonal):
+        v = u  # the matrix of logits is not symmetric: all of it is needed
+    return _Arguments(
+        u,
+        v,
+        scale,
+        row_bias,
+        col_bias,
+        check_ids("row_ids", row_ids, n, u),
+        check_ids("col_ids", col_ids, m, u),
+        diagonal,
+        name,
+        check_workspace(workspace, default),
+    )
+
+
+class Statistics(NamedTuple):
+    """What one pass over the matrix yields; None where not asked for."""
+
+    rows: Tensor | None
+    cols: Tensor | None
+    positives: Tensor | None
+
+
+def pair_statistics(
+    u: Tensor,
+    v: Tensor | None,
+    *,
+    scale: float | Tensor,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    positives: int | None = None,
+    dim: Literal["rows", "cols", "both"] = "rows",
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Statistics:
+    """Logsumexps over the negatives, and the logits of the positives, from one pass.
+
+    The pairs (i, i + positives) are taken out of the stream. Their logits, scale <u_i, v_i> with
+    the biases, come back as a vector, whose gradient is added in float32 to the streamed one.
+    This is what most losses are made of.
+    """
+    check_choice("dim", dim, ("rows", "cols", "both"))
+    args = _arguments(
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace
+    )
+    rows, cols = dim in ("rows", "both"), dim in ("cols", "both")
+    if args.backend == dispatch.REFERENCE:
+        of_rows, of_cols, pairs = _reference_statistics(args, rows, cols)
+    else:
+        if args.v is None:
+            rows, cols = True, False  # symmetric: the columns are the rows
+        of_rows, of_cols, pairs = ops.logsumexp(*args, rows, cols)
+        if args.v is None and dim != "rows":
+            of_cols = of_rows
+    logits = None if positives is None else _pair_logits(args, pairs)
+    return Statistics(
+        of_rows if dim != "cols" else None, of_cols if dim != "rows" else None, logits
+    )
+
+
+def _pair_logits(args: _Arguments, pairs: Tensor) -> Tensor:
+    count, start = pairs.shape[0], args.diagonal or 0
+    logits = pairs * (args.scale if args.scale.dim() == 0 else args.scale[:count])
+    if args.row_bias is not None:
+        logits = logits + args.row_bias[:count]
+    if args.col_bias is not None:
+        logits = logits + args.col_bias[start : start + count]
+    return logits
+
+
+def _reference_statistics(
+    args: _Arguments, rows: bool, cols: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    both = reference.similarity_logsumexp(
+        args.u,
+        args.v,
+        scale=args.scale,
+        row_bias=args.row_bias,
+        col_bias=args.col_bias,
+        mask_diagonal=args.diagonal,
+        row_ids=args.row_ids,
+        col_ids=args.col_ids,
+        dim="both",
+    )
+    keys = (args.u if args.v is None else args.v)[args.diagonal or 0 :]
+    count = min(args.u.shape[0], keys.shape[0])
+    dtype = args.scale.dtype
+    pairs = (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
+    return both[0] if rows else None, both[1] if cols else None, pairs
+
+
+def similarity_logsumexp(
+    u: Tensor,
+    v: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    diag_bias: Tensor | None = None,
+    mask_diagonal: int | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    dim: Literal["rows", "cols", "both"] = "rows",
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Logsumexp of a similarity matrix by rows, by columns, or both, without the matrix.
+
+    .. math::
+        l_{ij} = \mathrm{scale}_i \langle u_i, v_j \rangle + \mathrm{row\_bias}_i
+                 + \mathrm{col\_bias}_j + \mathrm{diag\_bias}_i\,[i = j], \qquad
+        \mathrm{rows}_i = \log \sum_j e^{l_{ij}}, \quad \mathrm{cols}_j = \log \sum_i e^{l_{ij}}
+
+    over the pairs that no mask drops. A line of which everything is dropped gives -inf, with
+    gradient 0. One product forward and three backward (half of each where `v` is None); extra
+    memory O(N + M) and the workspace.
+
+    Args:
+        u: [N, D] float32, bfloat16, float16 or float64.
+        v: [M, D], or None for v = u, where S is symmetric and only half of it is made.
+        scale: a float, a tensor with one element, or [N], one per row. Differentiable.
+        row_bias, col_bias: [N] and [M], added to the logits. Differentiable.
+        diag_bias: [min(N, M)], added to the logits of the pairs (i, i). Differentiable.
+        mask_diagonal: drop the pairs (i, i + mask_diagonal); 0 drops each row's own index.
+        row_ids, col_ids: integers [N] and [M]; pairs with equal ids are dropped.
+        dim: "rows" -> [N], "cols" -> [M], "both" -> a tuple of the two, from one pass.
+        backend: "auto", "reference", "torch" or "cpu".
+        workspace: bytes that the tiles may take; None means 256 MiB, of which a pass over tiles
+            uses some 8 MiB.
+
+    Returns:
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or choices that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> u, v = torch.randn(6, 4), torch.randn(8, 4)
+        >>> rows, cols = fastcl.similarity_logsumexp(u, v, scale=10.0, dim="both")
+        >>> rows.shape, cols.shape
+        (torch.Size([6]), torch.Size([8]))
+
+    Source: the statistic of InfoNCE (van den Oord et al. 2018, eq. 4) and CLIP (Radford et al.
+    2021, figure 3); streaming as in Milakov and Gimelshein 2018, algorithm 3.
+    """
+    bias_at = mask_diagonal if diag_bias is None else 0
+    if diag_bias is not None and mask_diagonal is not None:
+        if mask_diagonal == 0:
+            raise ValueError("diag_bias has no effect with mask_diagonal=0: its pairs are dropped")
+        raise ValueError(
+            "diag_bias and mask_diagonal cannot be given together; drop pairs by id instead"
+        )
+    statistics = pair_statistics(
+        u,
+        v,
+        scale=scale,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        positives=bias_at,
+        dim=dim,
+        backend=backend,
+        workspace=workspace,
+    )
+    rows, cols = statistics.rows, statistics.cols
+    if diag_bias is not None:
+        rows, cols = _with_diagonal(statistics, diag_bias, row_ids, col_ids, v is None)
+    if dim == "both":
+        assert rows is not None
+        assert cols is not None
+        return rows, cols
+    result = rows if dim == "rows" else cols
+    assert result is not None
+    return result
+
+
+def _with_diagonal(
+    statistics: Statistics,
+    diag_bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Puts the pairs (i, i), with their bias, back into logsumexps made without them."""
+    logits = statistics.positives
+    assert logits is not None
+    count = logits.shape[0]
+    bias = check_vector("diag_bias", diag_bias, count, logits)
+    assert bias is not None
+    logits = logits + bias
+    if row_ids is not None:  # dropped by id: nothing to put back
+        col_ids = row_ids if symmetric or col_ids is None else col_ids
+        same = row_ids[:count].to(logits.device) == col_ids[:count].to(logits.device)
+        logits = logits.masked_fill(same, -torch.inf)
+
+    def put_back(lines: Tensor | None) -> Tensor | None:
+        if lines is None:
+            return None
+        # Of two empty sides (-inf) logaddexp has gradient NaN; the result is -inf all the same.
+        empty = (lines[:count] == -torch.inf) & (logits == -torch.inf)
+        merged = torch.logaddexp(lines[:count], logits.masked_fill(empty, 0.0))
+        merged = merged.masked_fill(empty, -torch.inf)
+        return torch.cat([merged, lines[count:]])
+
+    return put_back(statistics.rows), put_back(statistics.cols)
+
+
+def similarity_weighted_logsumexp(
+    u: Tensor,
+    v: Tensor,
+    weights: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    positives: int | None = None,
+    add_zero: bool = False,
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor:
+    r"""Weighted sum of row logsumexps, whose gradient is made together with its value.
+
+    .. math:: \sum_i w_i \log \sum_j e^{l_{ij}}, \qquad
+        \text{or with positives:}\quad \sum_i w_i \log\Bigl(1 + \sum_j e^{l_{ij} - l_{i,i+p}}\Bigr)
+
+    As the weights are known before the first tile, each row of tiles can be turned into its
+    gradient while it is there: three products in all where a few hundred full rows fit the
+    workspace, four where they do not, and two where only `u` needs a gradient.
+
+    Args:
+        u: [N, D]; v: [M, D]; float32, bfloat16, float16 or float64.
+        weights: [N], or None for ones. Differentiable.
+        scale, row_bias, col_bias, row_ids, col_ids, backend, workspace: as for
+            :func:`similarity_logsumexp`.
+        positives: p, where the pairs (i, i + p) are each row's positive: they leave the sum, and
+            the other logits are taken relative to theirs. This is InfoNCE, exact however small.
+        add_zero: with no positives, add a logit 0 to every row (pass minus the positive's logit as
+            `row_bias` for positives that are not rows of v).
+
+    Returns:
+        A 0-dim tensor, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or choices that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> q, k = torch.randn(6, 4), torch.randn(6, 4)
+        >>> loss = fastcl.similarity_weighted_logsumexp(q, k, scale=10.0, positives=0) / 6
+        >>> torch.allclose(loss, fastcl.info_nce(q, k, temperature=0.1))
+        True
+
+    Source: van den Oord et al. 2018, eq. 4; gradient in the forward as in Cut Cross Entropy
+    (Wijmans et al. 2024) and Liger's fused linear cross-entropy.
+    """
+    if v is None:
+        raise TypeError("v must be a tensor [M, D]; similarity_logsumexp serves v = u")
+    args = _arguments(
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace
+    )
+    if positives is not None:
+        if row_bias is not None:
+            raise ValueError("row_bias has no effect with positives: it cancels in l_ij - l_ii")
+        if args.u.shape[0] + positives > v.shape[0]:
+            raise ValueError(
+                f"positives={positives} puts row {args.u.shape[0] - 1}'s positive past the last "
+                f"of v's {v.shape[0]} rows; expected v to have at least {args.u.shape[0] + positives}"
+            )
+    weights = check_vector("weights", weights, args.u.shape[0], args.u)
+    if args.backend == dispatch.REFERENCE:
+        return reference.similarity_weighted_logsumexp(
+            args.u,
+            v,
+            weights,
+            scale=args.scale,
+            row_bias=args.row_bias,
+            col_bias=args.col_bias,
+            row_ids=args.row_ids,
+            col_ids=args.col_ids,
+            positives=positives,
+            add_zero=add_zero,
+        )
+    total: Tensor = ops.weighted_logsumexp(*args, weights, add_zero, args.needs)[0]
+    return total
+
+
+def similarity_sigmoid(
+    u: Tensor,
+    v: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    positives: int | None = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    reduction: Literal["sum", "rows"] = "sum",
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Tensor:
+    r"""Pairwise sigmoid loss over a similarity matrix, without the matrix.
+
+    .. math:: -\sum_{ij} \log \sigma(y_{ij} l_{ij}), \qquad
+        l_{ij} = \mathrm{scale}_i \langle u_i, v_j \rangle + \mathrm{bias} + \mathrm{row\_bias}_i
+        + \mathrm{col\_bias}_j
+
+    with y = +1 at the pairs (i, i + positives) and -1 elsewhere. `reduction="sum"` makes loss and
+    gradients from one pass (three products); "rows" takes one forward and three backward.
+
+    Args:
+        u: [N, D]; v: [M, D]; float32, bfloat16, float16 or float64.
+        scale: a float, a tensor with one element, or [N]. Differentiable.
+        bias: a float or a tensor with one element. Differentiable.
+        row_bias, col_bias: [N] and [M], added to the logits. Differentiable.
+        positives: column of row 0's positive, 0 for paired rows; None: there are none.
+        row_ids, col_ids: integers [N] and [M]; pairs with equal ids are left out, except positives.
+        reduction: "sum" -> 0-dim; "rows" -> [N], each row's sum over its columns.
+        backend, workspace: as for :func:`similarity_logsumexp`.
+
+    Returns:
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or choices that do not fit.
+
+    Example:
+        >>> import fastcl, torch
+        >>> u, v = torch.randn(6, 4), torch.randn(6, 4)
+        >>> fastcl.similarity_sigmoid(u, v, scale=10.0, bias=-10.0).shape
+        torch.Size([])
+
+    Source: SigLIP (Zhai et al. 2023, section 3.2, eq. 1), before the division by N.
+    """
+    check_choice("reduction", reduction, ("sum", "rows"))
+    if v is None:
+        raise TypeError("v must be a tensor [M, D]")
+    u, v = check_embeddings(u=u, v=v)
+    all_bias = check_number("bias", bias, u)
+    extra = check_vector("row_bias", row_bias, u.shape[0], u)
+    args = _arguments(u, v, scale, None, col_bias, row_ids, col_ids, positives, backend, workspace)
+    # A bias for all pairs is a row bias with one element.
+    args = args._replace(row_bias=all_bias if extra is None else all_bias + extra)
+    if args.backend == dispatch.REFERENCE:
+        return reference.similarity_sigmoid(
+            args.u,
+            v,
+            scale=args.scale,
+            bias=all_bias,
+            row_bias=extra,
+            col_bias=args.col_bias,
+            positives=positives,
+            row_ids=args.row_ids,
+            col_ids=args.col_ids,
+            reduction=reduction,
+        )
+    if reduction == "sum":
+        total: Tensor = ops.sigmoid_sum(*args, args.needs)[0]
+        return total
+    rows: Tensor
+    rows, pairs = ops.sigmoid_rows(*args)
+    if positives is None:
+        return rows
+    logits = _pair_logits(args._replace(row_bias=None), pairs)
+    assert args.row_bias is not None
+    bias_of_pairs = args.row_bias if extra is None else args.row_bias[: logits.shape[0]]
+    positive_loss = torch.logaddexp(-(logits + bias_of_pairs), torch.zeros_like(logits))
+    padding = rows.new_zeros(rows.shape[0] - logits.shape[0])
+    return rows + torch.cat([positive_loss, padding])

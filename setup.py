@@ -1,0 +1,51 @@
+"""Builds csrc/ with CMake and ninja. Everything else is in pyproject.toml.
+
+The extension is optional: where it cannot be built, the package installs without it, and
+fastcl says once, at first use, that the portable kernels are in its place.
+FASTCL_BUILD=0 leaves it out; FASTCL_BUILD=1 makes a failed build an error.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+BUILD = os.environ.get("FASTCL_BUILD", "auto")
+
+
+class CMakeBuild(build_ext):
+    """One CMake build for all of csrc/."""
+
+    def build_extension(self, ext):
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(HERE),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(
+    ext_modules=[]
+    if BUILD == "0"
+    else [Extension("fastcl._C", sources=[], optional=BUILD != "1")],
+    cmdclass={"build_ext": CMakeBuild},
+)
