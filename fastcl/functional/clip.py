@@ -70,7 +70,4 @@ def clip_loss(
         backend=backend,
         workspace=workspace,
     )
-    assert rows is not None
-    assert cols is not None
-    assert positive is not None
     return reduce((contrast(positive, rows) + contrast(positive, cols)) / 2, reduction)

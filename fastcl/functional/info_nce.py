@@ -109,10 +109,11 @@ def info_nce(
 
     negatives = []
     if in_batch:
-        own, _, positive = pair_statistics(
+        own = pair_statistics(
             query, positive_key, scale=scale, row_ids=ids, col_ids=ids, positives=0, **how
         )
-        negatives.append(own)
+        positive = own.positives
+        negatives.append(own.rows)
     if negative_keys is not None and negative_mode == "unpaired":
         negatives.append(pair_statistics(query, negative_keys, scale=scale, **how).rows)
     elif negative_keys is not None:
@@ -135,13 +136,13 @@ def _check_options(
 ) -> None:
     if negative_keys is None and not in_batch:
         raise ValueError(
-            "in_batch=False without negative_keys leaves no negatives: pass negative_keys, or leave "
-            "in_batch at None"
+            "in_batch=False without negative_keys leaves no negatives: pass negative_keys, or "
+            "leave in_batch at None"
         )
     if symmetric and negative_keys is not None:
         raise ValueError(
-            "symmetric=True has no meaning with negative_keys, which have no second direction: drop "
-            "one of the two"
+            "symmetric=True has no meaning with negative_keys, which have no second direction: "
+            "drop one of the two"
         )
     if ids is not None and not in_batch:
         raise ValueError(

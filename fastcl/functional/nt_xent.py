@@ -73,10 +73,5 @@ def nt_xent(
     within0, _, _ = pair_statistics(z0, None, **how)
     within1, _, _ = pair_statistics(z1, None, **how)
     rows, cols, positive = pair_statistics(z0, z1, dim="both", **how)
-    assert within0 is not None
-    assert within1 is not None
-    assert rows is not None
-    assert cols is not None
-    assert positive is not None
     views = contrast(positive, within0, rows), contrast(positive, within1, cols)
     return reduce(torch.cat(views), reduction)

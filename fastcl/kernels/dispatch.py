@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -70,6 +70,8 @@ class Backend(Protocol):
     """What a backend offers. All statistics and losses are in the accumulation dtype."""
 
     default_workspace: int
+    made_for: tuple[str, ...]
+    """Device types on which its absence is worth a warning: something slower takes its place."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, or None."""
@@ -188,16 +190,18 @@ def resolve(name: str, device: torch.device) -> str:
             raise ValueError(f"backend={name!r} cannot be used here: {reason}")
         return name
     for candidate in _AUTO_ORDER:
-        if _BACKENDS[candidate].unavailable(device) is None:
+        reason = _BACKENDS[candidate].unavailable(device)
+        if reason is None:
             return candidate
+        if device.type in _BACKENDS[candidate].made_for:
+            _say_once(reason)
     return REFERENCE
 
 
 _said: set[str] = set()
 
 
-def say_once(message: str, warn: Callable[[str], None] | None = None) -> None:
-    """A warning the first time, nothing after that."""
+def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        (warn or (lambda text: warnings.warn(text, stacklevel=3)))(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -29,6 +29,7 @@ class StreamedPrimitives:
     """All primitives over one set of tile kernels and matrix products."""
 
     default_workspace = 256 << 20
+    made_for: tuple[str, ...] = ()
 
     def __init__(self, kernels: TileKernels) -> None:
         self.kernels = kernels
@@ -153,9 +154,7 @@ class StreamedPrimitives:
         out = Accumulator(stream, needs, maker.products, store=_stored(stream.u.dtype))
         online = not (maker.plan.keep or needs.v or needs.col_bias) and any(needs)
         walk = self._walk_online if online else self._walk_in_rows
-        values, grad_logits = walk(
-            maker, out, row_bias, running, weights, zero, needs
-        )
+        values, grad_logits = walk(maker, out, row_bias, running, weights, zero, needs)
         # grad_logits_i = sum_j G_ij: the gradient with respect to the row bias.
         if pairs is None:
             if out.sums.row_g is not None:
@@ -184,9 +183,7 @@ class StreamedPrimitives:
                 self.kernels.softmax_statistics(tile, running[r.slice], None)
             log2 = running[r.slice].log2()
             values[r.slice] = log2 * LN2
-            grad_logits[r.slice] = _row_gradient(
-                weights[r.slice], values[r.slice], zero
-            )
+            grad_logits[r.slice] = _row_gradient(weights[r.slice], values[r.slice], zero)
             if not any(needs):
                 continue
             side, du = Side(log2, weights[r.slice]), out.row_chunk(r)
@@ -220,9 +217,7 @@ class StreamedPrimitives:
                 if du is not None:
                     out.products.add(du.mul_(rescale[:, None]), tile.s, b)
             values[r.slice] = part.log2() * LN2
-            grad_logits[r.slice] = _row_gradient(
-                weights[r.slice], values[r.slice], zero
-            )
+            grad_logits[r.slice] = _row_gradient(weights[r.slice], values[r.slice], zero)
             # G = weight * p, with p = 2^(l - max) / sum; an empty row has sum 0 and no gradient.
             factor = torch.where(part.sum == 0, part.sum, weights[r.slice] / part.sum)
             if out.sums.row_gs is not None:

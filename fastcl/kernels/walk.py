@@ -188,9 +188,7 @@ class Accumulator:
             return self.du[rows.slice].zero_()
         return self.du.new_zeros((rows.size, self.du.shape[1]), dtype=self.dtype)
 
-    def add(
-        self, tile: Tile, cols: Chunk, a: Tensor, b: Tensor, du_chunk: Tensor | None
-    ) -> None:
+    def add(self, tile: Tile, cols: Chunk, a: Tensor, b: Tensor, du_chunk: Tensor | None) -> None:
         """Adds what one gradient tile gives to both towers."""
         if du_chunk is not None:
             self.products.add(du_chunk, tile.s, b)

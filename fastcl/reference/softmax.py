@@ -15,7 +15,9 @@ Reduction = Literal["mean", "sum", "none"]
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     """Mean, sum, or the values as they are."""
-    return {"mean": values.mean, "sum": values.sum, "none": lambda: values}[reduction]()
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
 
 
 def normalized(*embeddings: Tensor) -> tuple[Tensor, ...]:

@@ -94,7 +94,7 @@ def check_scale(name: str, value: float | Tensor, like: Tensor, *, per_row: bool
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor with one element, not {_type(value)}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # NaN too; math.isfinite cannot be traced
         raise ValueError(f"{name} is {value}; expected a finite number")
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
@@ -126,7 +126,9 @@ def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tenso
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape [{length}], not {_type(ids)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype {ids.dtype}; expected integers (ids are compared for equality)")
+        raise TypeError(
+            f"{name} has dtype {ids.dtype}; expected integers (ids are compared for equality)"
+        )
     if ids.shape != (length,):
         raise ValueError(f"{name} has shape {_shape(ids)}; expected [{length}], one id per row")
     return ids.to(like.device)
@@ -146,7 +148,7 @@ def check_workspace(workspace: int | None, default: int) -> int:
         raise TypeError(f"workspace must be a number of bytes (an int), not {_type(workspace)}")
     if workspace < 1 << 16:
         raise ValueError(
-            f"workspace is {workspace} bytes; expected at least {1 << 16} (64 KiB), such as 256 << 20"
+            f"workspace is {workspace} bytes; expected at least {1 << 16}, such as 256 << 20"
         )
     return workspace
 

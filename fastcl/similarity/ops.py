@@ -96,7 +96,8 @@ def _fake_gradients(args: Sequence[Any], needs: Sequence[bool], stored: bool) ->
 def _diagonal_length(u: Tensor, v: Tensor | None, diagonal: int | None) -> int:
     if diagonal is None:
         return 0
-    return torch.sym_min(u.shape[0], (u if v is None else v).shape[0] - diagonal)
+    length: int = torch.sym_min(u.shape[0], (u if v is None else v).shape[0] - diagonal)  # type: ignore[no-untyped-call]
+    return length
 
 
 def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -172,8 +173,14 @@ logsumexp.register_autograd(_logsumexp_grad, setup_context=_logsumexp_setup)
 # ---- sums whose gradient is made in the forward -----------------------------------------------
 
 
-def _scaled_body(grad: Tensor, gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """grad_output times gradients of unit weight, in float32, in fresh tensors."""
+def _scaled_body(
+    grad: Tensor, gradients: Sequence[Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """grad_output times gradients of unit weight, in float32, in fresh tensors.
+
+    `inputs`, which the gradients came from, are there for autograd alone: through them a second
+    derivative reaches this operator and is refused, where it would be silently zero without them.
+    """
     out = []
     for g in gradients:
         result = torch.empty_like(g, dtype=dtype if g.dim() == 2 else g.dtype)
@@ -187,9 +194,9 @@ def _scaled_body(grad: Tensor, gradients: Sequence[Tensor], dtype: torch.dtype) 
 
 _scaled = _operator(
     "scaled",
-    "(Tensor grad, Tensor[] gradients, ScalarType dtype) -> Tensor[]",
+    "(Tensor grad, Tensor[] gradients, Tensor[] inputs, ScalarType dtype) -> Tensor[]",
     _scaled_body,
-    lambda grad, gradients, dtype: [
+    lambda grad, gradients, inputs, dtype: [
         torch.empty_like(g, dtype=dtype if g.dim() == 2 else g.dtype) for g in gradients
     ],
 )
@@ -200,13 +207,16 @@ def _save_made(ctx: Any, inputs: Sequence[Any], made: Sequence[Tensor], *more: T
     """Keeps gradients that the forward made; they and `more` are not differentiable outputs."""
     ctx.mark_non_differentiable(*made, *more)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*made, *more)
-    ctx.dtype = inputs[0].dtype
     ctx.needs = inputs[-1]
+    origins = [x for x, wanted in zip(inputs[:_DIFFERENTIABLE], ctx.needs, strict=True) if wanted]
+    ctx.save_for_backward(*made, *more, *origins)
+    ctx.dtype = inputs[0].dtype
 
 
-def _made_gradients(ctx: Any, grad: Tensor, made: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    return _wanted(_scaled(grad, list(made), ctx.dtype), ctx.needs)
+def _made_gradients(
+    ctx: Any, grad: Tensor, made: Sequence[Tensor], origins: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    return _wanted(_scaled(grad, list(made), list(origins), ctx.dtype), ctx.needs)
 
 
 def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
@@ -236,12 +246,13 @@ def _weighted_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -
 
 
 def _weighted_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *made, values = ctx.saved_tensors
+    made, values = ctx.saved_tensors[:_DIFFERENTIABLE], ctx.saved_tensors[_DIFFERENTIABLE]
     if grad is None:
         return (None,) * (_STREAM_ARGS + 3)
+    origins = ctx.saved_tensors[_DIFFERENTIABLE + 1 :]
     grad_weights = grad * values if ctx.needs_input_grad[_STREAM_ARGS] else None
     rest = (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
-    return (*_made_gradients(ctx, grad, made), *rest, grad_weights, None, None)
+    return (*_made_gradients(ctx, grad, made, origins), *rest, grad_weights, None, None)
 
 
 weighted_logsumexp.register_autograd(_weighted_grad, setup_context=_weighted_setup)
@@ -272,7 +283,9 @@ def _sigmoid_sum_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]
     if grad is None:
         return (None,) * (_STREAM_ARGS + 1)
     rest = (None,) * (_STREAM_ARGS + 1 - _DIFFERENTIABLE)
-    return (*_made_gradients(ctx, grad, ctx.saved_tensors), *rest)
+    saved = ctx.saved_tensors
+    made, origins = saved[:_DIFFERENTIABLE], saved[_DIFFERENTIABLE:]
+    return (*_made_gradients(ctx, grad, made, origins), *rest)
 
 
 sigmoid_sum.register_autograd(_sigmoid_sum_grad, setup_context=_sigmoid_sum_setup)

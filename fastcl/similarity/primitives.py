@@ -68,7 +68,7 @@ def _arguments(
             raise TypeError(f"mask_diagonal must be an int or None, not {type(diagonal).__name__}")
         if diagonal < 0 or diagonal >= m:
             raise ValueError(
-                f"mask_diagonal is {diagonal}; expected 0 to {m - 1}: it is the column of row 0's pair"
+                f"mask_diagonal is {diagonal}; expected 0 to {m - 1}, the column of row 0's pair"
             )
     scale = check_scale("scale", scale, u)
     row_bias = check_vector("row_bias", row_bias, n, u)
@@ -92,11 +92,11 @@ def _arguments(
 
 
 class Statistics(NamedTuple):
-    """What one pass over the matrix yields; None where not asked for."""
+    """What one pass over the matrix yields; an empty tensor where not asked for."""
 
-    rows: Tensor | None
-    cols: Tensor | None
-    positives: Tensor | None
+    rows: Tensor
+    cols: Tensor
+    positives: Tensor
 
 
 def pair_statistics(
@@ -125,16 +125,17 @@ def pair_statistics(
     )
     rows, cols = dim in ("rows", "both"), dim in ("cols", "both")
     if args.backend == dispatch.REFERENCE:
-        of_rows, of_cols, pairs = _reference_statistics(args, rows, cols)
+        of_rows, of_cols, pairs = _reference_statistics(args)
+    elif args.v is None:  # symmetric: the columns are the rows
+        of_rows, _, pairs = ops.logsumexp(*args, True, False)
+        of_cols = of_rows
     else:
-        if args.v is None:
-            rows, cols = True, False  # symmetric: the columns are the rows
         of_rows, of_cols, pairs = ops.logsumexp(*args, rows, cols)
-        if args.v is None and dim != "rows":
-            of_cols = of_rows
-    logits = None if positives is None else _pair_logits(args, pairs)
+    empty = args.scale.new_empty(0)
     return Statistics(
-        of_rows if dim != "cols" else None, of_cols if dim != "rows" else None, logits
+        of_rows if rows else empty,
+        of_cols if cols else empty,
+        empty if positives is None else _pair_logits(args, pairs),
     )
 
 
@@ -148,10 +149,8 @@ def _pair_logits(args: _Arguments, pairs: Tensor) -> Tensor:
     return logits
 
 
-def _reference_statistics(
-    args: _Arguments, rows: bool, cols: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    both = reference.similarity_logsumexp(
+def _reference_statistics(args: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = reference.similarity_logsumexp(
         args.u,
         args.v,
         scale=args.scale,
@@ -165,8 +164,7 @@ def _reference_statistics(
     keys = (args.u if args.v is None else args.v)[args.diagonal or 0 :]
     count = min(args.u.shape[0], keys.shape[0])
     dtype = args.scale.dtype
-    pairs = (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
-    return both[0] if rows else None, both[1] if cols else None, pairs
+    return rows, cols, (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
 
 
 def similarity_logsumexp(
@@ -246,45 +244,33 @@ def similarity_logsumexp(
     )
     rows, cols = statistics.rows, statistics.cols
     if diag_bias is not None:
-        rows, cols = _with_diagonal(statistics, diag_bias, row_ids, col_ids, v is None)
+        dropped = _dropped_by_id(statistics.positives, row_ids, row_ids if v is None else col_ids)
+        logits = statistics.positives
+        bias = check_vector("diag_bias", diag_bias, len(dropped), logits)
+        assert bias is not None
+        logits = (logits + bias).masked_fill(dropped, -torch.inf)
+        rows = _put_back(rows, logits) if dim != "cols" else rows
+        cols = _put_back(cols, logits) if dim != "rows" else cols
     if dim == "both":
-        assert rows is not None
-        assert cols is not None
         return rows, cols
-    result = rows if dim == "rows" else cols
-    assert result is not None
-    return result
+    return rows if dim == "rows" else cols
 
 
-def _with_diagonal(
-    statistics: Statistics,
-    diag_bias: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    symmetric: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Puts the pairs (i, i), with their bias, back into logsumexps made without them."""
-    logits = statistics.positives
-    assert logits is not None
-    count = logits.shape[0]
-    bias = check_vector("diag_bias", diag_bias, count, logits)
-    assert bias is not None
-    logits = logits + bias
-    if row_ids is not None:  # dropped by id: nothing to put back
-        col_ids = row_ids if symmetric or col_ids is None else col_ids
-        same = row_ids[:count].to(logits.device) == col_ids[:count].to(logits.device)
-        logits = logits.masked_fill(same, -torch.inf)
+def _dropped_by_id(pairs: Tensor, row_ids: Tensor | None, col_ids: Tensor | None) -> Tensor:
+    """Which of the pairs (i, i) have equal ids."""
+    if row_ids is None or col_ids is None:
+        return torch.zeros_like(pairs, dtype=torch.bool)
+    count = len(pairs)
+    return row_ids[:count].to(pairs.device) == col_ids[:count].to(pairs.device)
 
-    def put_back(lines: Tensor | None) -> Tensor | None:
-        if lines is None:
-            return None
-        # Of two empty sides (-inf) logaddexp has gradient NaN; the result is -inf all the same.
-        empty = (lines[:count] == -torch.inf) & (logits == -torch.inf)
-        merged = torch.logaddexp(lines[:count], logits.masked_fill(empty, 0.0))
-        merged = merged.masked_fill(empty, -torch.inf)
-        return torch.cat([merged, lines[count:]])
 
-    return put_back(statistics.rows), put_back(statistics.cols)
+def _put_back(lines: Tensor, logits: Tensor) -> Tensor:
+    """Adds one logit to each of the first lines' logsumexps."""
+    count = len(logits)
+    # Of two empty sides (-inf) logaddexp has gradient NaN; the result is -inf all the same.
+    empty = (lines[:count] == -torch.inf) & (logits == -torch.inf)
+    merged = torch.logaddexp(lines[:count].masked_fill(empty, 0.0), logits.masked_fill(empty, 0.0))
+    return torch.cat([merged.masked_fill(empty, -torch.inf), lines[count:]])
 
 
 def similarity_weighted_logsumexp(
@@ -347,8 +333,8 @@ def similarity_weighted_logsumexp(
             raise ValueError("row_bias has no effect with positives: it cancels in l_ij - l_ii")
         if args.u.shape[0] + positives > v.shape[0]:
             raise ValueError(
-                f"positives={positives} puts row {args.u.shape[0] - 1}'s positive past the last "
-                f"of v's {v.shape[0]} rows; expected v to have at least {args.u.shape[0] + positives}"
+                f"positives={positives} puts row {args.u.shape[0] - 1}'s positive past the last of "
+                f"v's {v.shape[0]} rows; expected at least {args.u.shape[0] + positives} rows"
             )
     weights = check_vector("weights", weights, args.u.shape[0], args.u)
     if args.backend == dispatch.REFERENCE:

@@ -20,9 +20,8 @@ except ImportError as error:
     _extension, _why_not = None, str(error)
 
 NOT_BUILT = (
-    "fastcl's compiled CPU kernels are not installed ({why}); the portable PyTorch kernels are used "
-    "instead, which are slower. Reinstall with a C++17 compiler present: pip install "
-    "--force-reinstall --no-deps fastcl"
+    "fastcl's compiled CPU kernels are not installed ({why}); the portable PyTorch kernels are "
+    "used instead, which are slower. Reinstall with a C++17 compiler present"
 )
 
 
@@ -36,13 +35,25 @@ def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _line(x: Running | Side | None) -> tuple[int, int]:
+    if x is None:
+        return 0, 0
+    return (_at(x.max), _at(x.sum)) if isinstance(x, Running) else (_at(x.lse), _at(x.weight))
+
+
+def _sums(sums: Sums) -> tuple[int, int, int]:
+    return _at(sums.row_gs), _at(sums.row_g), _at(sums.col_g)
+
+
 class CompiledTiles:
     """The tile functions of csrc/cpu. Tensors are float32 or float64, contiguous, on the CPU."""
 
-    @staticmethod
-    def _tile(tile: Tile) -> Any:
-        assert _extension is not None
-        make = _extension.TileF64 if tile.s.dtype == torch.float64 else _extension.TileF32
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+
+    def _tile(self, tile: Tile) -> Any:
+        double = tile.s.dtype == torch.float64
+        make = self._extension.TileF64 if double else self._extension.TileF32
         row_bias = tile.row_bias
         return make(
             s=tile.s.data_ptr(),
@@ -61,44 +72,20 @@ class CompiledTiles:
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
         """Adds the tile to the running logsumexps of its rows, its columns, or both."""
-        assert _extension is not None
-        _extension.softmax_statistics(
-            self._tile(tile),
-            _at(rows and rows.max),
-            _at(rows and rows.sum),
-            _at(cols and cols.max),
-            _at(cols and cols.sum),
-            torch.get_num_threads(),
-        )
+        threads = torch.get_num_threads()
+        self._extension.softmax_statistics(self._tile(tile), *_line(rows), *_line(cols), threads)
 
     def softmax_gradient(
         self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
     ) -> None:
         """s <- scale_i G_ij."""
-        assert _extension is not None
-        _extension.softmax_gradient(
-            self._tile(tile),
-            _at(rows and rows.lse),
-            _at(rows and rows.weight),
-            _at(cols and cols.lse),
-            _at(cols and cols.weight),
-            _at(sums.row_gs),
-            _at(sums.row_g),
-            _at(sums.col_g),
-            torch.get_num_threads(),
-        )
+        lines = (*_line(rows), *_line(cols), *_sums(sums))
+        self._extension.softmax_gradient(self._tile(tile), *lines, torch.get_num_threads())
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
         """s <- 2^(l - new max); rescale <- 2^(old max - new max); row_es accumulates sum_j p s."""
-        assert _extension is not None
-        _extension.softmax_online(
-            self._tile(tile),
-            _at(rows.max),
-            _at(rows.sum),
-            _at(row_es),
-            _at(rescale),
-            torch.get_num_threads(),
-        )
+        lines = (*_line(rows), _at(row_es), _at(rescale))
+        self._extension.softmax_online(self._tile(tile), *lines, torch.get_num_threads())
 
     def sigmoid(
         self,
@@ -109,24 +96,17 @@ class CompiledTiles:
         sums: Sums,
     ) -> None:
         """row_loss_i += sum_j softplus(l_ij); with `gradient`, s <- scale_i weight_i sigmoid(l)."""
-        assert _extension is not None
-        _extension.sigmoid(
-            self._tile(tile),
-            _at(row_loss),
-            _at(row_weight),
-            gradient,
-            _at(sums.row_gs),
-            _at(sums.row_g),
-            _at(sums.col_g),
-            torch.get_num_threads(),
-        )
+        lines = (_at(row_loss), _at(row_weight), gradient, *_sums(sums))
+        self._extension.sigmoid(self._tile(tile), *lines, torch.get_num_threads())
 
 
 class CpuBackend(StreamedPrimitives):
     """Compiled tile kernels between PyTorch's matrix products."""
 
+    made_for: tuple[str, ...] = ("cpu",)
+
     def __init__(self) -> None:
-        super().__init__(CompiledTiles())
+        super().__init__(CompiledTiles(_extension))
 
     def unavailable(self, device: torch.device) -> str | None:
         """Needs a CPU tensor and the compiled extension."""
