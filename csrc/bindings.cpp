@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/amx.h"
 #include "cpu/tile.h"
 
 namespace py = pybind11;
@@ -67,6 +68,37 @@ void define(py::module_& m, const char* tile_name) {
         Released());
 }
 
+void define_amx(py::module_& m) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.def("amx_available", &amx::available, "bfloat16 products with float32 accumulators are there.");
+  m.def("amx_packed_bytes", &amx::packed_bytes);
+  py::enum_<amx::Form>(m, "AmxForm")
+      .value("left", amx::Form::left)
+      .value("right_of_transpose", amx::Form::right_of_transpose)
+      .value("right", amx::Form::right);
+  m.def("amx_pack",
+        [](Address x, std::int64_t rows, std::int64_t cols, std::int64_t ld, amx::Form form,
+           Address packed, int threads) {
+          amx::pack(pointer<const std::uint16_t>(x), rows, cols, ld, form, pointer<void>(packed),
+                    threads);
+        },
+        Released());
+  m.def("amx_pack_rounded",
+        [](Address x, std::int64_t rows, std::int64_t cols, std::int64_t ld, Address packed,
+           Address transposed, int threads) {
+          amx::pack_rounded(pointer<const float>(x), rows, cols, ld, pointer<void>(packed),
+                            pointer<void>(transposed), threads);
+        },
+        Released());
+  m.def("amx_multiply",
+        [](Address left, Address right, std::int64_t m, std::int64_t n, std::int64_t k, Address out,
+           std::int64_t ld, bool accumulate, int threads) {
+          amx::multiply(pointer<const void>(left), pointer<const void>(right), m, n, k,
+                        pointer<float>(out), ld, accumulate, threads);
+        },
+        Released());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,4 +106,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &isa_name, "Instruction set in use: avx512, avx2 or plain.");
   define<float>(m, "TileF32");
   define<double>(m, "TileF64");
+  define_amx(m);
 }

@@ -7,6 +7,13 @@
 
 #include <pthread.h>
 
+#ifdef FASTCL_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "amx.h"
 #include "runtime.h"
 #include "tile.h"
 
@@ -83,6 +90,29 @@ template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 
 bool in_forked_child() { return (void)registered, forked; }
+
+namespace amx {
+
+// Here and not in amx.cpp, which is compiled for processors that have it.
+bool available() {
+#ifdef FASTCL_AMX
+  static const bool yes = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool tiles = (d >> 24) & 1, products = (d >> 22) & 1;           // AMX-TILE, AMX-BF16
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    const bool rounding = (a >> 5) & 1;                                   // AVX512-BF16
+    if (isa() != Isa::avx512 || !tiles || !products || !rounding) return false;
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return yes;
+#else
+  return false;
+#endif
+}
+
+}  // namespace amx
 
 Scratch::Scratch(std::size_t bytes)
     : data_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {

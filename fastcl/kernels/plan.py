@@ -64,16 +64,19 @@ def plan_tiles(
     keep: bool = False,
     tile: tuple[int, int] = (1024, 2048),
     fewest_rows: int = 256,
+    line_bytes: int = 0,
 ) -> TilePlan:
     """Cuts an n x m matrix into tiles whose storage fits `workspace` bytes.
 
     Args:
         n, m: rows and columns.
-        itemsize: bytes of one element of a tile.
-        workspace: budget in bytes.
+        itemsize: bytes of one element of a tile, with its packed copies.
+        workspace: budget in bytes. A tile never shrinks below 16 x 64, whatever the budget.
         keep: ask for rows of tiles that stay until their rows are finished. Granted where at least
             `fewest_rows` rows (or all n) fit; fewer would starve the matrix products.
         tile: preferred rows and columns, halved while they exceed the budget.
+        line_bytes: bytes that each row and each column of a tile needs beside it (operands
+            widened or packed, a row's gradient in float32).
 
     >>> plan_tiles(8192, 8192, 4, 32 << 20)
     TilePlan(n=8192, m=8192, rows=1024, cols=2048, keep=False)
@@ -84,23 +87,32 @@ def plan_tiles(
     """
     rows, cols = tile
     if keep:
-        kept_rows = min(rows, workspace // (m * itemsize))
+        budget = workspace - min(cols, m) * line_bytes
+        kept_rows = min(rows, budget // (m * itemsize + line_bytes))
         if kept_rows >= min(n, fewest_rows):
             return TilePlan(n, m, kept_rows, cols, True)
-    while min(rows, n) * min(cols, m) * itemsize > workspace and (rows > 16 or cols > 64):
-        if rows * 2 > cols:
+    while rows > 16 or cols > 64:
+        r, c = min(rows, n), min(cols, m)
+        if r * c * itemsize + (r + c) * line_bytes <= workspace:
+            break
+        if rows * 2 > cols and rows > 16:
             rows //= 2
         else:
             cols //= 2
     return TilePlan(n, m, rows, cols, False)
 
 
-def plan_symmetric(n: int, itemsize: int, workspace: int, *, tile: int = 1024) -> TilePlan:
+def plan_symmetric(
+    n: int, itemsize: int, workspace: int, *, tile: int = 1024, line_bytes: int = 0
+) -> TilePlan:
     """Square tiles for a symmetric matrix, of which only the upper half is made.
 
     >>> plan_symmetric(10_000, 4, 32 << 20)
     TilePlan(n=10000, m=10000, rows=1024, cols=1024, keep=False)
     """
-    while min(tile, n) ** 2 * itemsize > workspace and tile > 16:
+    while tile > 16:
+        side = min(tile, n)
+        if side * side * itemsize + 2 * side * line_bytes <= workspace:
+            break
         tile //= 2
     return TilePlan(n, n, tile, tile, False)

@@ -36,20 +36,21 @@ class StreamedPrimitives:
 
     def products(self, stream: Stream) -> Products:
         """The matrix products for a stream's dtype."""
-        return TorchProducts()
+        return TorchProducts(stream.u.dtype)
 
     def _maker(self, stream: Stream, *, keep: bool = False) -> TileMaker:
-        itemsize = 8 if stream.u.dtype == torch.float64 else 4
-        n, m, budget = stream.u.shape[0], stream.keys.shape[0], stream.workspace
+        products = self.products(stream)
+        n, m = stream.u.shape[0], stream.keys.shape[0]
+        itemsize, line = products.storage(stream.u.shape[1])
         if stream.v is None:
-            plan = plan_symmetric(n, itemsize, budget)
-        elif keep:
-            plan = plan_tiles(n, m, itemsize, budget, keep=True, tile=_KEPT_TILE)
-            if not plan.keep:
-                plan = plan_tiles(n, m, itemsize, budget)
+            plan = plan_symmetric(n, itemsize, stream.workspace, line_bytes=line)
         else:
-            plan = plan_tiles(n, m, itemsize, budget)
-        return TileMaker(stream, plan, self.products(stream))
+            plan = plan_tiles(
+                n, m, itemsize, stream.workspace, keep=keep, tile=_KEPT_TILE, line_bytes=line
+            )
+            if not plan.keep:
+                plan = plan_tiles(n, m, itemsize, stream.workspace, line_bytes=line)
+        return TileMaker(stream, plan, products)
 
     # ---- logsumexp: 1 product forward, 3 backward (half of each where v is u) ----
 
@@ -129,9 +130,8 @@ class StreamedPrimitives:
                 self.kernels.softmax_gradient(tile, side[r.slice], side[c.slice], sums)
                 if out.dv is None:
                     continue
-                out.products.add(out.dv[r.slice], tile.s, b)
-                if c.start > r.start:
-                    out.products.add_transposed(out.dv[c.slice], tile.s, a)
+                mirrored = out.dv[c.slice] if c.start > r.start else None
+                out.products.gradients(tile.s, a, b, out.dv[r.slice], mirrored)
         return out.finish(
             grad_diagonal, None if within is None else lambda per_row: per_row + within / 2
         )
@@ -215,7 +215,7 @@ class StreamedPrimitives:
                 tile = maker.tile(r, c, a, b, row_bias)
                 self.kernels.softmax_online(tile, part, row_es[r.slice], rescale)
                 if du is not None:
-                    out.products.add(du.mul_(rescale[:, None]), tile.s, b)
+                    out.products.gradients(tile.s, a, b, du.mul_(rescale[:, None]), None)
             values[r.slice] = part.log2() * LN2
             grad_logits[r.slice] = _row_gradient(weights[r.slice], values[r.slice], zero)
             # G = weight * p, with p = 2^(l - max) / sum; an empty row has sum 0 and no gradient.

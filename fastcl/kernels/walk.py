@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,40 +17,68 @@ from fastcl.kernels.tiles import Sums, Tile
 class Products(Protocol):
     """The matrix products of a walk, with accumulation in the accumulation dtype.
 
-    ``operand`` prepares a chunk of embeddings once; what it returns goes into the other three.
+    ``rows`` and ``cols`` prepare a chunk of embeddings; what they return goes into the other two,
+    and stays valid until the same method is called again.
     """
 
-    def operand(self, chunk: Tensor) -> Tensor:
-        """A chunk of rows [R, D], as the products want it."""
+    def storage(self, dim: int) -> tuple[int, int]:
+        """Bytes held for each element of a tile, and for each of its rows and columns."""
 
-    def similarity(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """out = a b^T."""
+    def rows(self, chunk: Tensor) -> Any:
+        """A chunk of u [R, D], as the products want it."""
 
-    def add(self, out: Tensor, g: Tensor, b: Tensor) -> None:
-        """out += g b."""
+    def cols(self, chunk: Tensor) -> Any:
+        """A chunk of the keys [C, D], as the products want it."""
 
-    def add_transposed(self, out: Tensor, g: Tensor, a: Tensor) -> None:
-        """out += g^T a."""
+    def similarity(self, a: Any, b: Any, out: Tensor) -> None:
+        """out = a b^T for rows a and cols b."""
+
+    def gradients(self, g: Tensor, a: Any, b: Any, da: Tensor | None, db: Tensor | None) -> None:
+        """da += g b and db += g^T a, each where it is wanted."""
 
 
 class TorchProducts:
     """Products by PyTorch's matrix multiplication, in float32 (float64 for float64)."""
 
-    def operand(self, chunk: Tensor) -> Tensor:
-        """Widened and made contiguous; the chunk itself where it is both already."""
-        return chunk.to(accumulation_dtype(chunk.dtype)).contiguous()
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def storage(self, dim: int) -> tuple[int, int]:
+        """A tile; and for 16-bit inputs the widened chunks, and the rows' float32 gradient."""
+        wide = accumulation_dtype(self._dtype)
+        return wide.itemsize, 0 if self._dtype == wide else 2 * dim * wide.itemsize
+
+    def _widened(self, chunk: Tensor, name: str) -> Tensor:
+        """The chunk in the accumulation dtype, contiguous: itself where it is both already."""
+        dtype = accumulation_dtype(chunk.dtype)
+        if chunk.dtype == dtype and chunk.is_contiguous():
+            return chunk
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(chunk):
+            buffer = self._buffers[name] = chunk.new_empty(chunk.shape, dtype=dtype)
+        return buffer[: len(chunk)].copy_(chunk)
+
+    def rows(self, chunk: Tensor) -> Tensor:
+        """A chunk of u."""
+        return self._widened(chunk, "rows")
+
+    def cols(self, chunk: Tensor) -> Tensor:
+        """A chunk of the keys."""
+        return self._widened(chunk, "cols")
 
     def similarity(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """out = a b^T."""
         torch.mm(a, b.T, out=out)
 
-    def add(self, out: Tensor, g: Tensor, b: Tensor) -> None:
-        """out += g b."""
-        out.addmm_(g, b)
-
-    def add_transposed(self, out: Tensor, g: Tensor, a: Tensor) -> None:
-        """out += g^T a."""
-        out.addmm_(g.T, a)
+    def gradients(
+        self, g: Tensor, a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None
+    ) -> None:
+        """da += g b and db += g^T a, each where it is wanted."""
+        if da is not None:
+            da.addmm_(g, b)
+        if db is not None:
+            db.addmm_(g.T, a)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,23 +104,23 @@ class TileMaker:
         if stream.row_ids is not None and stream.col_ids is not None:
             self.row_ids, self.col_ids = _codes(stream.row_ids, stream.col_ids, self.dtype)
 
-    def rows(self) -> Iterator[tuple[Chunk, Tensor]]:
+    def rows(self) -> Iterator[tuple[Chunk, Any]]:
         """The chunks of u, each with its operand."""
         for chunk in self.plan.row_chunks():
-            yield chunk, self.products.operand(self.stream.u[chunk.slice])
+            yield chunk, self.products.rows(self.stream.u[chunk.slice])
 
-    def cols(self, start: int = 0) -> Iterator[tuple[Chunk, Tensor]]:
+    def cols(self, start: int = 0) -> Iterator[tuple[Chunk, Any]]:
         """The chunks of the keys from `start` on, each with its operand."""
         for chunk in self.plan.col_chunks():
             if chunk.start >= start:
-                yield chunk, self.products.operand(self.stream.keys[chunk.slice])
+                yield chunk, self.products.cols(self.stream.keys[chunk.slice])
 
     def tile(
         self,
         rows: Chunk,
         cols: Chunk,
-        a: Tensor,
-        b: Tensor,
+        a: Any,
+        b: Any,
         row_bias: Tensor | None,
         *,
         made: bool = False,
@@ -188,12 +216,10 @@ class Accumulator:
             return self.du[rows.slice].zero_()
         return self.du.new_zeros((rows.size, self.du.shape[1]), dtype=self.dtype)
 
-    def add(self, tile: Tile, cols: Chunk, a: Tensor, b: Tensor, du_chunk: Tensor | None) -> None:
+    def add(self, tile: Tile, cols: Chunk, a: Any, b: Any, du_chunk: Tensor | None) -> None:
         """Adds what one gradient tile gives to both towers."""
-        if du_chunk is not None:
-            self.products.add(du_chunk, tile.s, b)
-        if self.dv is not None:
-            self.products.add_transposed(self.dv[cols.slice], tile.s, a)
+        dv_chunk = None if self.dv is None else self.dv[cols.slice]
+        self.products.gradients(tile.s, a, b, du_chunk, dv_chunk)
 
     def finish_rows(self, rows: Chunk, du_chunk: Tensor | None, grad_pairs: Tensor | None) -> None:
         """Adds the pairs' own term to these rows and stores them."""

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl.kernels.cpu.amx import AmxProducts
+from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.streamed import StreamedPrimitives
 from fastcl.kernels.tiles import Running, Side, Sums, Tile
+from fastcl.kernels.walk import Products
 
 _extension: ModuleType | None
 _why_not = ""
@@ -107,6 +110,13 @@ class CpuBackend(StreamedPrimitives):
 
     def __init__(self) -> None:
         super().__init__(CompiledTiles(_extension))
+
+    def products(self, stream: Stream) -> Products:
+        """On AMX for bfloat16 where the processor has it, else PyTorch's in float32 or float64."""
+        extension = _extension
+        if stream.u.dtype == torch.bfloat16 and extension and extension.amx_available():
+            return AmxProducts(extension)
+        return super().products(stream)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Needs a CPU tensor and the compiled extension."""
