@@ -1,0 +1,50 @@
+# make demo   sets up everything, trains simclr and clip on handwritten digits, shows what they learned
+# make test   sets up everything, runs the tests
+# Both need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0   # which build of it this brings is your pip configuration
+RUNS   ?= runs
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-all lint typecheck bench docs clean
+
+demo: $(VENV)/installed
+	rm -rf $(RUNS)/demo-simclr $(RUNS)/demo-clip
+	$(BIN)/fastcl train --method simclr --data digits --out $(RUNS)/demo-simclr
+	$(BIN)/fastcl train --method clip --data digits --out $(RUNS)/demo-clip
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/installed
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info fastcl/_C*.so
+
+# torch comes first and alone, so that no other requirement chooses its version.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	touch $@
+
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q -e ".[train,test,bench,dev]"
+	touch $@
