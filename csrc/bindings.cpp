@@ -20,12 +20,14 @@ template <class T> T* pointer(Address a) { return reinterpret_cast<T*>(a); }
 template <class T>
 Tile<T> make_tile(Address s, std::int64_t rows, std::int64_t cols, std::int64_t ld, Address scale,
                   std::int64_t scale_stride, Address row_bias, std::int64_t row_bias_stride,
-                  Address col_bias, Address row_ids, Address col_ids, py::object diagonal) {
+                  Address col_bias, Address row_ids, Address col_ids, py::object diagonal,
+                  Address diagonal_s, Address diagonal_l) {
   using Id = typename Tile<T>::Id;
   return {pointer<T>(s), rows, cols, ld, pointer<const T>(scale), scale_stride,
           pointer<const T>(row_bias), row_bias_stride, pointer<const T>(col_bias),
           pointer<const Id>(row_ids), pointer<const Id>(col_ids),
-          diagonal.is_none() ? kNoDiagonal : diagonal.cast<std::int64_t>()};
+          diagonal.is_none() ? kNoDiagonal : diagonal.cast<std::int64_t>(),
+          pointer<T>(diagonal_s), pointer<T>(diagonal_l)};
 }
 
 template <class T>
@@ -35,7 +37,7 @@ void define(py::module_& m, const char* tile_name) {
       .def(py::init(&make_tile<T>), py::kw_only(), py::arg("s"), py::arg("rows"), py::arg("cols"),
            py::arg("ld"), py::arg("scale"), py::arg("scale_stride"), py::arg("row_bias"),
            py::arg("row_bias_stride"), py::arg("col_bias"), py::arg("row_ids"), py::arg("col_ids"),
-           py::arg("diagonal"));
+           py::arg("diagonal"), py::arg("diagonal_s"), py::arg("diagonal_l"));
   m.def("softmax_statistics",
         [](const Tile<T>& tile, Address row_max, Address row_sum, Address col_max, Address col_sum,
            int threads) {
@@ -44,11 +46,11 @@ void define(py::module_& m, const char* tile_name) {
         },
         Released());
   m.def("softmax_gradient",
-        [](const Tile<T>& tile, Address row_lse, Address row_weight, Address col_lse,
+        [](const Tile<T>& tile, Address row_max, Address row_weight, Address col_max,
            Address col_weight, Address row_gs, Address row_g, Address col_g, int threads) {
           kernels<T>().softmax_gradient(
-              tile, {pointer<const T>(row_lse), pointer<const T>(row_weight)},
-              {pointer<const T>(col_lse), pointer<const T>(col_weight)},
+              tile, {pointer<const T>(row_max), pointer<const T>(row_weight)},
+              {pointer<const T>(col_max), pointer<const T>(col_weight)},
               {pointer<T>(row_gs), pointer<T>(row_g), pointer<T>(col_g)}, threads);
         },
         Released());
@@ -83,11 +85,11 @@ void define_amx(py::module_& m) {
                     threads);
         },
         Released());
-  m.def("amx_pack_rounded",
+  m.def("amx_pack_split",
         [](Address x, std::int64_t rows, std::int64_t cols, std::int64_t ld, Address packed,
            Address transposed, int threads) {
-          amx::pack_rounded(pointer<const float>(x), rows, cols, ld, pointer<void>(packed),
-                            pointer<void>(transposed), threads);
+          amx::pack_split(pointer<const float>(x), rows, cols, ld, pointer<void>(packed),
+                          pointer<void>(transposed), threads);
         },
         Released());
   m.def("amx_multiply",

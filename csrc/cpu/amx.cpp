@@ -94,6 +94,9 @@ inline __m512i interleave(__m256i low, __m256i high) {
 }
 
 inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 widened(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 
 // ---- multiplication -----------------------------------------------------------------------
 
@@ -173,30 +176,35 @@ void pack(const std::uint16_t* x, std::int64_t rows, std::int64_t cols, std::int
   });
 }
 
-void pack_rounded(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t ld,
-                  void* packed, void* transposed, int threads) {
+void pack_split(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t ld,
+                void* packed, void* transposed, int threads) {
   // Step over 32 x 32 blocks: two tiles of each result. Padding up to 32 is written as zeros.
   const std::int64_t row_steps = blocks_of(rows, 32), col_steps = blocks_of(cols, 32);
+  const std::int64_t bytes[2] = {packed_bytes(rows, cols), packed_bytes(cols, rows)};
   amx_threads::for_each_block(row_steps, threads, [&](std::int64_t r) {
     for (std::int64_t c = 0; c < col_steps; ++c) {
-      __m256i half[32][2];  // the block in bfloat16, rows by two halves of 16 columns
+      __m256i half[2][32][2];  // high and low; rows; two halves of 16 columns
       for (int i = 0; i < 32; ++i)
-        for (int h = 0; h < 2; ++h)
-          half[i][h] = rounded(load_floats(x, rows, cols, ld, 32 * r + i, 32 * c + 16 * h));
+        for (int h = 0; h < 2; ++h) {
+          const __m512 value = load_floats(x, rows, cols, ld, 32 * r + i, 32 * c + 16 * h);
+          half[0][i][h] = rounded(value);
+          half[1][i][h] = rounded(_mm512_sub_ps(value, widened(half[0][i][h])));
+        }
       __m512i t[16];
-      if (packed)
-        for (int h = 0; h < 2; ++h) {
+      for (int part = 0; part < 2; ++part) {
+        const auto& rows_of = half[part];
+        for (int h = 0; packed && h < 2; ++h) {
           for (int i = 0; i < 16; ++i)
-            t[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half[16 * h + i][0]),
-                                      half[16 * h + i][1], 1);
-          store_tile(tile_at(packed, 2 * r + h, c, col_steps), t);
+            t[i] = _mm512_inserti64x4(_mm512_castsi256_si512(rows_of[16 * h + i][0]),
+                                      rows_of[16 * h + i][1], 1);
+          store_tile(tile_at(packed, 2 * r + h, c, col_steps) + part * bytes[0], t);
         }
-      if (transposed)
-        for (int h = 0; h < 2; ++h) {
-          for (int w = 0; w < 16; ++w) t[w] = interleave(half[2 * w][h], half[2 * w + 1][h]);
+        for (int h = 0; transposed && h < 2; ++h) {
+          for (int w = 0; w < 16; ++w) t[w] = interleave(rows_of[2 * w][h], rows_of[2 * w + 1][h]);
           transpose_words(t);
-          store_tile(tile_at(transposed, 2 * c + h, r, row_steps), t);
+          store_tile(tile_at(transposed, 2 * c + h, r, row_steps) + part * bytes[1], t);
         }
+      }
     }
   });
 }
@@ -242,7 +250,7 @@ namespace fastcl {
 namespace amx {
 std::int64_t packed_bytes(std::int64_t, std::int64_t) { return 0; }
 void pack(const std::uint16_t*, std::int64_t, std::int64_t, std::int64_t, Form, void*, int) {}
-void pack_rounded(const float*, std::int64_t, std::int64_t, std::int64_t, void*, void*, int) {}
+void pack_split(const float*, std::int64_t, std::int64_t, std::int64_t, void*, void*, int) {}
 void multiply(const void*, const void*, std::int64_t, std::int64_t, std::int64_t, float*,
               std::int64_t, bool, int) {}
 }  // namespace amx

@@ -29,10 +29,11 @@ enum class Form {
 void pack(const std::uint16_t* x, std::int64_t rows, std::int64_t cols, std::int64_t ld, Form form,
           void* packed, int threads);
 
-// Rounds float32 X [rows, cols] to bfloat16 and packs it as a left factor (packed, or nullptr) and
-// its transpose as a left factor (transposed, or nullptr), in one pass.
-void pack_rounded(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t ld,
-                  void* packed, void* transposed, int threads);
+// Splits float32 X [rows, cols] into two bfloat16 matrices, high + low, 16 bits of mantissa in all,
+// and packs them as left factors, high then low (packed, or nullptr); the same of the transpose
+// (transposed, or nullptr). Each pair takes twice packed_bytes.
+void pack_split(const float* x, std::int64_t rows, std::int64_t cols, std::int64_t ld,
+                void* packed, void* transposed, int threads);
 
 // out [m, n], row stride ld, = (or with accumulate +=) left [m, k] times right [k, n].
 void multiply(const void* left, const void* right, std::int64_t m, std::int64_t n, std::int64_t k,

@@ -11,9 +11,12 @@ namespace FASTCL_ISA {
 template <class T>
 struct RowOf {
   const T* s;
-  T scale, scale2, bias2;           // scale; scale and bias times log2(e)
+  T scale;
+  T scale2, scale2_rest, bias2;     // scale (in two parts) and bias times log2(e)
   typename IdOf<T>::type id;
   std::int64_t dropped;             // column of the dropped pair; may lie outside the tile
+  T* diagonal_s;                    // where its s and l go, or nullptr
+  T* diagonal_l;
 };
 
 template <class T>
@@ -21,10 +24,15 @@ inline RowOf<T> row_of(const Tile<T>& tile, std::int64_t i) {
   RowOf<T> row;
   row.s = tile.s + i * tile.ld;
   row.scale = tile.scale[i * tile.scale_stride];
-  row.scale2 = row.scale * kLog2e<T>;
+  // Rounded to one number, scale log2(e) would shift all logits of the row alike.
+  const double exact = static_cast<double>(row.scale) * kLog2e<double>;
+  row.scale2 = static_cast<T>(exact);
+  row.scale2_rest = static_cast<T>(exact - static_cast<double>(row.scale2));
   row.bias2 = tile.row_bias ? tile.row_bias[i * tile.row_bias_stride] * kLog2e<T> : T(0);
   row.id = tile.row_ids ? tile.row_ids[i] : 0;
   row.dropped = tile.diagonal == kNoDiagonal ? -1 : i + tile.diagonal;
+  row.diagonal_s = tile.diagonal_s ? tile.diagonal_s + i : nullptr;
+  row.diagonal_l = tile.diagonal_l ? tile.diagonal_l + i : nullptr;
   return row;
 }
 
@@ -38,14 +46,18 @@ inline typename Simd<T>::V logits(const Tile<T>& tile, const RowOf<T>& row, std:
   constexpr int width = Simd<T>::width;
   const std::int64_t left = tile.cols - j;
   s = load_first<V>(row.s + j, left);
-  V l = s * row.scale2 + row.bias2;
+  V l = s * row.scale2 + (s * row.scale2_rest + row.bias2);
   if (tile.col_bias) l += load_first<V>(tile.col_bias + j, left) * kLog2e<T>;
+  const bool has_dropped = row.dropped >= j && row.dropped < j + width && row.dropped < tile.cols;
+  if (__builtin_expect(has_dropped, 0)) {
+    if (row.diagonal_s) *row.diagonal_s = s[row.dropped - j];
+    if (row.diagonal_l) *row.diagonal_l = l[row.dropped - j];
+    l[row.dropped - j] = kMinusInfinity<T>;
+  }
   if (tile.col_ids) {
     const I same = load_first<I>(tile.col_ids + j, left) == row.id;
     l = same ? V{} + kMinusInfinity<T> : l;
   }
-  if (__builtin_expect(row.dropped >= j && row.dropped < j + width, 0))
-    l[row.dropped - j] = kMinusInfinity<T>;
   if (__builtin_expect(left < width, 0))
     for (int k = static_cast<int>(left); k < width; ++k) l[k] = kMinusInfinity<T>;
   return l;

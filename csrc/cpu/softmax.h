@@ -182,26 +182,26 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
   if (kRows && kCols) {
     T lowest = T(__builtin_huge_val());
     for (std::int64_t r = 0; r < n; ++r) {
-      const T x = rows.lse[i0 + r];
+      const T x = rows.max[i0 + r];
       top = x > top ? x : top;
       lowest = x < lowest ? x : lowest;
     }
     bool in_window = true;
-    for (std::int64_t j = 0; j < strip.cols; ++j) in_window &= top - cols.lse[j] <= kWindow<T>;
+    for (std::int64_t j = 0; j < strip.cols; ++j) in_window &= top - cols.max[j] <= kWindow<T>;
     shared = in_window && top - lowest <= kWindow<T>;
     if (shared)
       for (std::int64_t j = 0; j < end; j += width) {
         const std::int64_t left = strip.cols - j;
-        V lse = load_first<V>(cols.lse + j, left);
-        for (std::int64_t k = left; k < width; ++k) lse[k] = top;  // past the last column
-        store(col_factor + j, load_first<V>(cols.weight + j, left) * exp2(top - lse));
+        V m = load_first<V>(cols.max + j, left);
+        for (std::int64_t k = left; k < width; ++k) m[k] = top;  // past the last column
+        store(col_factor + j, load_first<V>(cols.weight + j, left) * exp2(top - m));
       }
   }
 
   for (std::int64_t r = 0; r < n; ++r) {
     const std::int64_t i = i0 + r;
     const RowOf<T> row = row_of(strip, i);
-    const T row_ref = kRows ? finite_or_zero(rows.lse[i]) : T(0);
+    const T row_ref = kRows ? finite_or_zero(rows.max[i]) : T(0);
     const T row_weight = kRows ? rows.weight[i] : T(0);
     const T row_factor = shared ? row_weight * exp2(top - row_ref) : T(0);
     V gs = {}, g_sum = {};
@@ -214,7 +214,7 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
       } else {
         if (kRows) g = exp2(l - row_ref) * row_weight;
         if (kCols)
-          g += exp2(l - finite_or_zero_lanes<T>(load_first<V>(cols.lse + j, left))) *
+          g += exp2(l - finite_or_zero_lanes<T>(load_first<V>(cols.max + j, left))) *
                load_first<V>(cols.weight + j, left);
       }
       gs += g * s;
@@ -258,7 +258,7 @@ void gradient(const Tile<T>& tile, Side<T> rows, Side<T> cols, GradientSums<T> s
   for_each_patch(tile, sums, threads,
                  [&](const Tile<T>& strip, std::int64_t j0, std::int64_t i, std::int64_t n,
                      GradientSums<T> here) {
-                   const Side<T> of_strip = {kCols ? cols.lse + j0 : nullptr,
+                   const Side<T> of_strip = {kCols ? cols.max + j0 : nullptr,
                                              kCols ? cols.weight + j0 : nullptr};
                    patch_gradient<T, kRows, kCols>(strip, i, n, rows, of_strip, here);
                  });

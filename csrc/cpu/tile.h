@@ -32,19 +32,23 @@ struct Tile {
   const Id* row_ids;           // nullptr: none; pairs with equal ids are dropped
   const Id* col_ids;
   std::int64_t diagonal;       // pair (i, i + diagonal) is dropped; kNoDiagonal: none
+  T* diagonal_s;               // nullptr, or where the dropped pairs' s and l go, one per row
+  T* diagonal_l;
 };
 
 // A running logsumexp per line in the log2 domain: value = max + log2(sum). nullptr: not wanted.
+// The two parts stay apart, as their sum would round away what a small loss consists of.
 template <class T>
 struct Running {
   T* max;
   T* sum;
 };
 
-// One side of G_ij = sum over the sides of weight * 2^(l_ij - lse). weight nullptr: side not wanted.
+// One side of G_ij = sum over the sides of weight * 2^(l_ij - max), with max at least every l of the
+// line and weight its gradient divided by sum. weight nullptr: side not wanted.
 template <class T>
 struct Side {
-  const T* lse;
+  const T* max;
   const T* weight;
 };
 
@@ -61,7 +65,7 @@ template <class T>
 struct Kernels {
   // Adds the tile to the running logsumexp of its rows, of its columns, or of both.
   void (*softmax_statistics)(const Tile<T>&, Running<T> rows, Running<T> cols, int threads);
-  // s <- scale_i G_ij with G from the finished logsumexps.
+  // s <- scale_i G_ij.
   void (*softmax_gradient)(const Tile<T>&, Side<T> rows, Side<T> cols, GradientSums<T>,
                            int threads);
   // Online softmax: s <- 2^(l - new max); updates rows, and row_es (sum_j 2^(l - max) s_ij);

@@ -70,4 +70,4 @@ def clip_loss(
         backend=backend,
         workspace=workspace,
     )
-    return reduce((contrast(positive, rows) + contrast(positive, cols)) / 2, reduction)
+    return reduce((contrast(positive, rows) + contrast(positive, cols)) / 2, reduction, image)

@@ -14,12 +14,14 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    """Mean, sum, or one value per anchor."""
+def reduce(values: Tensor, reduction: Reduction, like: Tensor) -> Tensor:
+    """Mean, sum, or one value per anchor, in the dtype that losses of `like` have."""
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "mean":
-        return values.mean()
-    return values.sum() if reduction == "sum" else values
+        values = values.mean()
+    elif reduction == "sum":
+        values = values.sum()
+    return values.to(accumulation_dtype(like))
 
 
 def contrast(positive: Tensor, *negatives: Tensor) -> Tensor:

@@ -94,18 +94,15 @@ def info_nce(
     if symmetric:
         return clip_loss(query, positive_key, scale, ids=ids, reduction=reduction, **how)
 
+    divisor = query.shape[0] if reduction == "mean" else 1
     if negative_keys is None and reduction != "none":  # weights known up front: one stream
-        total = similarity_weighted_logsumexp(
-            query, positive_key, scale=scale, row_ids=ids, col_ids=ids, positives=0, **how
-        )
-        return total / query.shape[0] if reduction == "mean" else total
-    positive = scale * _pairs(query, positive_key, backend)
+        how |= {"row_ids": ids, "col_ids": ids, "positives": 0, "divisor": divisor}
+        return similarity_weighted_logsumexp(query, positive_key, scale=scale, **how)
     if not in_batch and negative_mode == "unpaired" and reduction != "none":
         assert negative_keys is not None
-        total = similarity_weighted_logsumexp(
-            query, negative_keys, scale=scale, row_bias=-positive, add_zero=True, **how
-        )
-        return total / query.shape[0] if reduction == "mean" else total
+        positive = scale * _pairs(query, positive_key, backend)
+        how |= {"row_bias": -positive, "add_zero": True, "divisor": divisor}
+        return similarity_weighted_logsumexp(query, negative_keys, scale=scale, **how)
 
     negatives = []
     if in_batch:
@@ -114,11 +111,13 @@ def info_nce(
         )
         positive = own.positives
         negatives.append(own.rows)
+    else:
+        positive = scale * _pairs(query, positive_key, backend)
     if negative_keys is not None and negative_mode == "unpaired":
         negatives.append(pair_statistics(query, negative_keys, scale=scale, **how).rows)
     elif negative_keys is not None:
         negatives.append(torch.logsumexp(scale * _pairs(query, negative_keys, backend), dim=1))
-    return reduce(contrast(positive, *negatives), reduction)
+    return reduce(contrast(positive, *negatives), reduction, query)
 
 
 def _pairs(query: Tensor, keys: Tensor, backend: str) -> Tensor:

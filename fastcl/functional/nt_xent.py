@@ -74,4 +74,4 @@ def nt_xent(
     within1, _, _ = pair_statistics(z1, None, **how)
     rows, cols, positive = pair_statistics(z0, z1, dim="both", **how)
     views = contrast(positive, within0, rows), contrast(positive, within1, cols)
-    return reduce(torch.cat(views), reduction)
+    return reduce(torch.cat(views), reduction, z0)

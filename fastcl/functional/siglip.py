@@ -74,5 +74,5 @@ def siglip_loss(
         image, text = normalized(image), normalized(text)
     how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
     how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}
-    loss = similarity_sigmoid(image, text, scale=scale, bias=bias, **how)
-    return loss / image.shape[0] if reduction == "mean" else loss
+    how["divisor"] = image.shape[0] if reduction == "mean" else 1
+    return similarity_sigmoid(image, text, scale=scale, bias=bias, **how)

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastcl.kernels.tiles import Pairs, Running
+
 REFERENCE = "reference"
 AUTO = "auto"
 
@@ -66,8 +68,28 @@ class Gradients(NamedTuple):
     col_bias: Tensor | None = None
 
 
+class LineStatistics(NamedTuple):
+    """What one pass over the tiles of a stream yields; None where not asked for."""
+
+    rows: Running | None
+    cols: Running | None
+    pairs: Pairs | None
+
+
+class LineGradients(NamedTuple):
+    """Incoming gradients, by line; None where there is none."""
+
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    pairs: Tensor | None = None
+
+
 class Backend(Protocol):
-    """What a backend offers. All statistics and losses are in the accumulation dtype."""
+    """What a backend offers.
+
+    Running statistics are in the accumulation dtype; vectors made of them, weights and incoming
+    gradients of lines are in :func:`fastcl.kernels.tiles.vector_dtype`.
+    """
 
     default_workspace: int
     made_for: tuple[str, ...]
@@ -76,36 +98,29 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, or None."""
 
-    def logsumexp(self, stream: Stream, rows: bool, cols: bool) -> tuple[Tensor | None, ...]:
-        """(row logsumexps, column logsumexps, raw similarities on the diagonal)."""
+    def logsumexp(self, stream: Stream, rows: bool, cols: bool) -> LineStatistics:
+        """Running logsumexps of rows and columns, and the pairs on the dropped diagonal."""
 
     def logsumexp_backward(
-        self,
-        stream: Stream,
-        row_lse: Tensor | None,
-        col_lse: Tensor | None,
-        grad_rows: Tensor | None,
-        grad_cols: Tensor | None,
-        grad_diagonal: Tensor | None,
-        needs: Needs,
+        self, stream: Stream, statistics: LineStatistics, grads: LineGradients, needs: Needs
     ) -> Gradients:
-        """Gradients of <grad_rows, row_lse> + <grad_cols, col_lse> + <grad_diagonal, diagonal>."""
+        """Gradients, given those of the row and column logsumexps and of the pairs' logits."""
 
     def weighted_logsumexp(
-        self, stream: Stream, weights: Tensor | None, add_zero: bool, needs: Needs
+        self, stream: Stream, weights: Tensor, add_zero: bool, needs: Needs
     ) -> tuple[Tensor, Gradients]:
         """(the row values y_i, gradients of sum_i weights_i y_i)."""
 
-    def sigmoid_rows(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """(row sums of softplus(l_ij), raw similarities on the diagonal)."""
+    def sigmoid_rows(self, stream: Stream) -> tuple[Tensor, Pairs | None]:
+        """(row sums of softplus(l_ij), the pairs on the dropped diagonal)."""
 
     def sigmoid_rows_backward(
-        self, stream: Stream, grad_rows: Tensor | None, grad_diagonal: Tensor | None, needs: Needs
+        self, stream: Stream, pair_s: Tensor, grads: LineGradients, needs: Needs
     ) -> Gradients:
-        """Gradients of <grad_rows, row sums> + <grad_diagonal, diagonal>."""
+        """Gradients of <grads.rows, row sums> + <grads.pairs, pair logits>."""
 
-    def sigmoid_sum(self, stream: Stream, needs: Needs) -> tuple[Tensor, Gradients]:
-        """(sum of softplus(l_ij) plus softplus(-l_ii) on the diagonal, its gradients)."""
+    def sigmoid_sum(self, stream: Stream, divisor: int, needs: Needs) -> tuple[Tensor, Gradients]:
+        """(sum of softplus(l_ij), softplus(-l_ii) on the diagonal, over divisor; its gradients)."""
 
 
 _BACKENDS: dict[str, Backend] = {}

@@ -23,7 +23,9 @@ class Tile:
     """A block of raw similarities s with everything that turns them into logits.
 
     ``scale`` and ``row_bias`` have one element or one per row; ``diagonal`` is the column of the
-    first row's dropped pair (it may lie outside the tile), or None.
+    first row's dropped pair (it may lie outside the tile), or None. Where ``pairs`` is given, the
+    functions write the dropped pairs' s and l into it: a positive whose logit was rounded like the
+    others' cancels against them exactly.
     """
 
     s: Tensor
@@ -33,6 +35,18 @@ class Tile:
     row_ids: Tensor | None
     col_ids: Tensor | None
     diagonal: int | None
+    pairs: Pairs | None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the stream left out, one per row: raw similarities, and logits in base 2."""
+
+    s: Tensor
+    logits: Tensor
+
+    def __getitem__(self, rows: slice) -> Pairs:
+        return Pairs(self.s[rows], self.logits[rows])
 
 
 @dataclass(frozen=True)
@@ -45,20 +59,39 @@ class Running:
     def __getitem__(self, lines: slice) -> Running:
         return Running(self.max[lines], self.sum[lines])
 
-    def log2(self) -> Tensor:
-        """The logsumexp in base 2: -inf for a line of which everything was dropped."""
-        return self.max + self.sum.log2()
+    def log2(self, minus: Tensor | None = None) -> Tensor:
+        """The logsumexp in base 2, -inf for an empty line; `minus` is taken off before rounding.
+
+        In float64 where the device has it: maximum and sum may differ in magnitude by the digits
+        that a small loss consists of.
+        """
+        dtype = vector_dtype(self.max)
+        top = self.max.to(dtype)
+        if minus is not None:
+            top = top - minus.to(dtype)
+        return top + self.sum.to(dtype).log2()
+
+    def side(self, gradient: Tensor) -> Side:
+        """The side of G that these lines give, whose logsumexps have that gradient."""
+        share = gradient / self.sum.to(gradient.dtype)
+        weight = torch.where(self.sum == 0, torch.zeros_like(share), share)  # empty: no gradient
+        return Side(self.max, weight.to(self.max.dtype))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of G_ij = sum over sides of weight * 2^(l_ij - lse), lse in base 2."""
+    """One side of G_ij = sum over sides of weight * 2^(l_ij - max); see Running.side."""
 
-    lse: Tensor
+    max: Tensor
     weight: Tensor
 
     def __getitem__(self, lines: slice) -> Side:
-        return Side(self.lse[lines], self.weight[lines])
+        return Side(self.max[lines], self.weight[lines])
+
+
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """In what vectors of length N are computed: float64, but for devices that have none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -114,10 +147,16 @@ def _log2_logits(tile: Tile) -> Tensor:
         logits += _line(tile.row_bias) * LOG2E
     if tile.col_bias is not None:
         logits += tile.col_bias * LOG2E
+    if tile.diagonal is not None and -tile.s.shape[0] < tile.diagonal < tile.s.shape[1]:
+        dropped = torch.diagonal(logits, tile.diagonal)
+        if tile.pairs is not None:
+            first = max(0, -tile.diagonal)
+            here = slice(first, first + len(dropped))
+            tile.pairs.logits[here] = dropped
+            tile.pairs.s[here] = torch.diagonal(tile.s, tile.diagonal)
+        dropped.fill_(-torch.inf)
     if tile.row_ids is not None and tile.col_ids is not None:
         logits.masked_fill_(_line(tile.row_ids) == tile.col_ids, -torch.inf)
-    if tile.diagonal is not None and -tile.s.shape[0] < tile.diagonal < tile.s.shape[1]:
-        torch.diagonal(logits, tile.diagonal).fill_(-torch.inf)
     return logits
 
 
@@ -146,9 +185,9 @@ class TorchTiles:
         logits = _log2_logits(tile)
         g = torch.zeros_like(logits)
         if rows is not None:
-            g += torch.exp2(logits - _line(_finite_or_zero(rows.lse))) * _line(rows.weight)
+            g += torch.exp2(logits - _line(_finite_or_zero(rows.max))) * _line(rows.weight)
         if cols is not None:
-            g += torch.exp2(logits - _finite_or_zero(cols.lse)) * cols.weight
+            g += torch.exp2(logits - _finite_or_zero(cols.max)) * cols.weight
         self._finish(tile, g, sums)
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:

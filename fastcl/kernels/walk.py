@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, Needs, Stream
 from fastcl.kernels.plan import Chunk, TilePlan
-from fastcl.kernels.tiles import Sums, Tile
+from fastcl.kernels.tiles import Pairs, Sums, Tile, vector_dtype
 
 
 class Products(Protocol):
@@ -121,8 +121,8 @@ class TileMaker:
         cols: Chunk,
         a: Any,
         b: Any,
-        row_bias: Tensor | None,
         *,
+        pairs: Pairs | None = None,
         made: bool = False,
     ) -> Tile:
         """The tile of these chunks; `made`: it is still in the storage of a keeping plan."""
@@ -134,11 +134,12 @@ class TileMaker:
         return Tile(
             s=s,
             scale=_rows_of(stream.scale, r),
-            row_bias=None if row_bias is None else _rows_of(row_bias, r),
+            row_bias=None if stream.row_bias is None else _rows_of(stream.row_bias, r),
             col_bias=None if stream.col_bias is None else stream.col_bias[c],
             row_ids=None if self.row_ids is None else self.row_ids[r],
             col_ids=None if self.col_ids is None else self.col_ids[c],
             diagonal=None if stream.diagonal is None else stream.diagonal + rows.start - cols.start,
+            pairs=None if pairs is None else pairs[r],
         )
 
 
@@ -147,7 +148,15 @@ def _rows_of(x: Tensor, rows: slice) -> Tensor:
     return x.reshape(1) if x.numel() == 1 else x[rows]
 
 
-def diagonal_rows(stream: Stream) -> int:
+def new_pairs(stream: Stream) -> Pairs | None:
+    """Room for what the dropped diagonal holds, one per row of u; None without a diagonal."""
+    if stream.diagonal is None:
+        return None
+    empty = stream.u.new_zeros(len(stream.u), dtype=accumulation_dtype(stream.u.dtype))
+    return Pairs(empty, torch.zeros_like(empty))
+
+
+def paired_rows(stream: Stream) -> int:
     """How many rows have a partner on the dropped diagonal (as torch.diagonal counts)."""
     if stream.diagonal is None:
         return 0
@@ -157,23 +166,11 @@ def diagonal_rows(stream: Stream) -> int:
 _PAIR_ELEMENTS = 1 << 19  # widened elements that a step of a loop over pairs may hold
 
 
-def pair_chunks(rows: int, dim: int) -> Iterator[slice]:
+def _pair_chunks(rows: int, dim: int) -> Iterator[slice]:
     """Slices of rows whose widened copies stay small."""
     step = max(1, _PAIR_ELEMENTS // dim)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def diagonal_similarities(stream: Stream) -> Tensor | None:
-    """<u_i, v_(i + diagonal)>, accumulated in float32 or wider."""
-    if stream.diagonal is None:
-        return None
-    rows, dtype = diagonal_rows(stream), accumulation_dtype(stream.u.dtype)
-    out = stream.u.new_empty(rows, dtype=dtype)
-    partners = stream.keys[stream.diagonal :]
-    for part in pair_chunks(rows, stream.u.shape[1]):
-        torch.sum(stream.u[part].to(dtype) * partners[part].to(dtype), dim=1, out=out[part])
-    return out
 
 
 @dataclass
@@ -222,57 +219,64 @@ class Accumulator:
         self.products.gradients(tile.s, a, b, du_chunk, dv_chunk)
 
     def finish_rows(self, rows: Chunk, du_chunk: Tensor | None, grad_pairs: Tensor | None) -> None:
-        """Adds the pairs' own term to these rows and stores them."""
+        """Adds the pairs' own term to these rows of u's gradient, and stores them.
+
+        `grad_pairs` is the gradient with respect to the pairs' logits, so far as it is known.
+        """
+        stream = self.stream
         if self.du is None or du_chunk is None:
             return
-        if grad_pairs is not None and self.stream.diagonal is not None:
-            stop = min(rows.stop, len(grad_pairs))
-            partners = self.stream.keys[self.stream.diagonal :]
+        if grad_pairs is not None and stream.diagonal is not None:
+            stop = min(rows.stop, paired_rows(stream))
+            partners = stream.keys[stream.diagonal :]
             self._add_pairs(du_chunk, grad_pairs, partners, rows.start, stop)
         if self.du.dtype != self.dtype:
             self.du[rows.slice] = du_chunk
 
-    def finish(
-        self,
-        grad_pairs: Tensor | None,
-        grad_scale: Callable[[Tensor], Tensor] | None = None,
-    ) -> Gradients:
-        """All gradients, in the dtypes and shapes of their inputs.
-
-        `grad_pairs` is the gradient with respect to the raw similarities on the diagonal.
-        `grad_scale` may add to the per-row gradients of the scale before they are summed.
-        """
-        stream, needs = self.stream, self.needs
-        symmetric = stream.v is None
-        if self.dv is not None and grad_pairs is not None and stream.diagonal is not None:
-            target = self.dv[stream.diagonal :]
-            factor = 2 * grad_pairs if symmetric else grad_pairs
-            self._add_pairs(target, factor, stream.u, 0, len(grad_pairs))
-        dv = None if self.dv is None else self.dv.to(self.store)
-        scale = self.sums.row_gs
-        if scale is not None:
-            scale = grad_scale(scale) if grad_scale is not None else scale
-            scale = _like(scale, stream.scale)
-        row_bias = self.sums.row_g
+    def finish(self, grad_pairs: Tensor | None = None, pair_s: Tensor | None = None) -> Gradients:
+        """All gradients, in the dtypes and shapes of their inputs, the pairs' terms included."""
+        stream, needs, sums = self.stream, self.needs, self.sums
+        symmetric, count = stream.v is None, paired_rows(stream)
+        if grad_pairs is not None and stream.diagonal is not None:
+            if self.dv is not None:
+                factor = 2 * grad_pairs if symmetric else grad_pairs
+                self._add_pairs(self.dv[stream.diagonal :], factor, stream.u, 0, count)
+            if sums.row_g is not None:
+                sums.row_g[:count] += grad_pairs[:count]
+            if sums.col_g is not None:
+                sums.col_g[stream.diagonal :][:count] += grad_pairs[:count]
+        grad_scale = None
+        if sums.row_gs is not None:
+            grad_scale = sums.row_gs.to(vector_dtype(sums.row_gs))
+            if grad_pairs is not None and pair_s is not None:
+                grad_scale[:count] += grad_pairs[:count] * pair_s[:count]
+            grad_scale = _like(grad_scale, stream.scale)
+        row_bias = sums.row_g
         if row_bias is not None and stream.row_bias is not None:
             row_bias = _like(row_bias, stream.row_bias)
+        dv = None if self.dv is None else self.dv.to(self.store)
         return Gradients(
             dv if symmetric else self.du,
             None if symmetric else dv,
-            scale if needs.scale else None,
+            grad_scale,
             row_bias if needs.row_bias else None,
-            self.sums.col_g if needs.col_bias else None,
+            sums.col_g,
         )
 
     def _add_pairs(
-        self, target: Tensor, factor: Tensor, partners: Tensor, start: int, stop: int
+        self, target: Tensor, grad_pairs: Tensor, partners: Tensor, start: int, stop: int
     ) -> None:
-        """target_(i - start) += factor_i partners_i for i in [start, stop); target from `start`."""
-        for part in pair_chunks(max(0, stop - start), target.shape[1]):
+        """target_(i - start) += scale_i grad_pairs_i partners_i for i in [start, stop)."""
+        factor = (grad_pairs[start:stop] * _rows_of(self.stream.scale, slice(start, stop))).to(
+            self.dtype
+        )
+        for part in _pair_chunks(max(0, stop - start), target.shape[1]):
             here = slice(part.start + start, part.stop + start)
-            target[part].addcmul_(factor[here, None], partners[here].to(self.dtype))
+            target[part].addcmul_(factor[part, None], partners[here].to(self.dtype))
 
 
 def _like(per_row: Tensor, given: Tensor) -> Tensor:
-    """A per-row gradient summed where the input was a single number, in the input's shape."""
-    return per_row.sum().reshape(given.shape) if given.numel() == 1 else per_row
+    """A per-row gradient in the dtype and shape of its input: summed where that is one number."""
+    if given.numel() == 1:
+        per_row = per_row.sum().reshape(given.shape)
+    return per_row.to(given.dtype)

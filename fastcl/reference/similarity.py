@@ -103,6 +103,7 @@ def similarity_weighted_logsumexp(
     col_ids: Tensor | None = None,
     positives: int | None = None,
     add_zero: bool = False,
+    divisor: int = 1,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -117,7 +118,7 @@ def similarity_weighted_logsumexp(
     values = _logsumexp(logits, 1)
     if weights is not None:
         values = values * weights.to(values.dtype)
-    return values.sum()
+    return values.sum() / divisor
 
 
 def similarity_sigmoid(
@@ -132,6 +133,7 @@ def similarity_sigmoid(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     reduction: Literal["sum", "rows"] = "sum",
+    divisor: int = 1,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -143,5 +145,5 @@ def similarity_sigmoid(
         loss = torch.where(
             diagonal_mask(logits, positives), -torch.nn.functional.logsigmoid(logits), loss
         )
-    rows = loss.sum(dim=1)
+    rows = loss.sum(dim=1) / divisor
     return rows.sum() if reduction == "sum" else rows

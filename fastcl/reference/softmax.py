@@ -25,11 +25,20 @@ def normalized(*embeddings: Tensor) -> tuple[Tensor, ...]:
     return tuple(F.normalize(x.to(accumulation_dtype(x)), dim=-1).to(x.dtype) for x in embeddings)
 
 
+def _cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
+    """-log softmax at the positive [N, 1], as log sum_j e^(l_ij - l_i+).
+
+    The same number as F.cross_entropy; but the positive's gradient comes out as minus the sum of
+    the others', where 1 - p loses all digits once p is close to 1.
+    """
+    return torch.logsumexp(logits - positive, dim=1)
+
+
 def _cross_entropy_at_diagonal(logits: Tensor, false_negatives: Tensor | None) -> Tensor:
+    positive = torch.diagonal(logits)[:, None]
     if false_negatives is not None:
         logits = logits.masked_fill(false_negatives, -torch.inf)
-    labels = torch.arange(logits.shape[0], device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    return _cross_entropy(logits, positive)
 
 
 def _false_negatives(ids: Tensor | None) -> Tensor | None:
@@ -97,8 +106,7 @@ def info_nce(
     if negative_keys is not None and negative_mode == "paired":
         paired = torch.einsum("nd,nmd->nm", query.to(dtype), negative_keys.to(dtype))
         blocks.append(paired * scale)
-    logits = torch.cat(blocks, dim=1)
-    return reduce(-F.log_softmax(logits, dim=1)[:, 0], reduction)
+    return reduce(_cross_entropy(torch.cat(blocks, dim=1), positive), reduction)
 
 
 def nt_xent(
@@ -123,6 +131,5 @@ def nt_xent(
     if ids is not None:
         both = torch.cat([ids, ids])
         masked = masked | ((both[:, None] == both[None, :]) & ~partner)
-    logits = logits.masked_fill(masked, -torch.inf)
-    labels = torch.arange(2 * n, device=z.device).roll(n)
-    return reduce(F.cross_entropy(logits, labels, reduction="none"), reduction)
+    positive = torch.cat([torch.diagonal(logits, n), torch.diagonal(logits, -n)])[:, None]
+    return reduce(_cross_entropy(logits.masked_fill(masked, -torch.inf), positive), reduction)

@@ -140,6 +140,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
+def check_divisor(divisor: int) -> None:
+    """A count to divide a sum by."""
+    if isinstance(divisor, bool) or not isinstance(divisor, (int, torch.SymInt)) or divisor < 1:
+        raise ValueError(f"divisor is {divisor!r}; expected a count of at least 1")
+
+
 def check_workspace(workspace: int | None, default: int) -> int:
     """A budget in bytes; None takes the backend's default."""
     if workspace is None:

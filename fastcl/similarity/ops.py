@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels import dispatch
-from fastcl.kernels.dispatch import Gradients, Needs, Stream
+from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
+from fastcl.kernels.tiles import LN2, Pairs, Running, vector_dtype
 
 # The arguments that describe a stream lead every operator, in this order.
 _STREAM = (
@@ -104,28 +105,49 @@ def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | No
     return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
 
+def _vector_dtype(x: Tensor) -> torch.dtype:
+    return vector_dtype(x) if x.dtype != torch.float64 else torch.float64
+
+
 # ---- logsumexp by rows, by columns, or both ---------------------------------------------------
 
 
 def _logsumexp_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, (rows, cols) = _unpack(args)
-    return tuple(_or_empty(x, stream.scale) for x in backend.logsumexp(stream, rows, cols))
+    of_rows, of_cols, pairs = backend.logsumexp(stream, rows, cols)
+    count = _diagonal_length(stream.u, stream.v, stream.diagonal)
+    logits = None if pairs is None else pairs.logits[:count].to(_vector_dtype(stream.scale)) * LN2
+    values = (_natural(of_rows), _natural(of_cols), logits)
+    kept = [x for line in (of_rows, of_cols) for x in _parts(line)]
+    kept.append(None if pairs is None else pairs.s)
+    return tuple(_or_empty(x, stream.scale) for x in (*values, *kept))
+
+
+def _natural(running: Running | None) -> Tensor | None:
+    return None if running is None else running.log2() * LN2
+
+
+def _parts(running: Running | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if running is None else (running.max, running.sum)
 
 
 def _logsumexp_fake(*args: Any) -> tuple[Tensor, ...]:
     u, v, diagonal, (rows, cols) = args[0], args[1], args[7], args[_STREAM_ARGS:]
     keys = u if v is None else v
-    lengths = (
-        u.shape[0] if rows else 0,
-        keys.shape[0] if cols else 0,
-        _diagonal_length(u, v, diagonal),
+    n, m = u.shape[0] if rows else 0, keys.shape[0] if cols else 0
+    pairs = _diagonal_length(u, v, diagonal)
+    values = [(x, _vector_dtype(u)) for x in (n, m, pairs)]
+    kept = [(x, _accumulation(u)) for x in (n, n, m, m, 0 if diagonal is None else u.shape[0])]
+    empty = _accumulation(u)
+    return tuple(
+        u.new_empty(x, dtype=dtype if not isinstance(x, int) or x else empty)
+        for x, dtype in (*values, *kept)
     )
-    return tuple(u.new_empty(n, dtype=_accumulation(u)) for n in lengths)
 
 
 logsumexp = _operator(
     "logsumexp",
-    f"({_STREAM}, bool rows, bool cols) -> (Tensor, Tensor, Tensor)",
+    f"({_STREAM}, bool rows, bool cols) -> ({', '.join(['Tensor'] * 8)})",
     _logsumexp_body,
     _logsumexp_fake,
 )
@@ -133,37 +155,41 @@ logsumexp = _operator(
 
 def _logsumexp_backward_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, rest = _unpack(args)
-    row_lse, col_lse, grad_rows, grad_cols, grad_diagonal, needs = rest
-    gradients = backend.logsumexp_backward(
-        stream, row_lse, col_lse, grad_rows, grad_cols, grad_diagonal, Needs(*needs)
+    row_max, row_sum, col_max, col_sum, pair_s, *grads, needs = rest
+    statistics = LineStatistics(
+        Running(row_max, row_sum) if len(row_max) else None,
+        Running(col_max, col_sum) if len(col_max) else None,
+        Pairs(pair_s, pair_s) if len(pair_s) else None,
     )
+    gradients = backend.logsumexp_backward(stream, statistics, LineGradients(*grads), Needs(*needs))
     return _filled(gradients, stream.scale)
 
 
 _logsumexp_backward = _operator(
     "logsumexp_backward",
-    f"({_STREAM}, Tensor row_lse, Tensor col_lse, Tensor? grad_rows, Tensor? grad_cols, "
-    f"Tensor? grad_diagonal, bool[] needs) -> ({_GRADIENTS})",
+    f"({_STREAM}, Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor pair_s, "
+    f"Tensor? grad_rows, Tensor? grad_cols, Tensor? grad_pairs, bool[] needs) -> ({_GRADIENTS})",
     _logsumexp_backward_body,
     lambda *args: _fake_gradients(args, args[-1], stored=False),
 )
 _refuse_second_derivative(_logsumexp_backward)
 
 
-def _save_stream(ctx: Any, inputs: Sequence[Any], *more: Tensor) -> None:
-    """Keeps a stream's tensors and its plain arguments; `more` tensors come after them."""
-    ctx.save_for_backward(*inputs[:7], *more)
-    ctx.plain = inputs[7:_STREAM_ARGS]
+def _save_stream(ctx: Any, inputs: Sequence[Any], *kept: Tensor) -> None:
+    """Keeps a stream's tensors and plain arguments; `kept` outputs are not differentiable."""
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *kept)
+    ctx.plain = inputs[7:_STREAM_ARGS]
 
 
 def _logsumexp_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    _save_stream(ctx, inputs, output[0], output[1])
+    _save_stream(ctx, inputs, *output[3:])
 
 
 def _logsumexp_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_DIFFERENTIABLE]
-    result = _logsumexp_backward(*saved[:7], *ctx.plain, *saved[7:], *grads, list(needs))
+    result = _logsumexp_backward(*saved[:7], *ctx.plain, *saved[7:], *grads[:3], list(needs))
     return _wanted(result, needs) + (None,) * (_STREAM_ARGS + 2 - _DIFFERENTIABLE)
 
 
@@ -220,22 +246,26 @@ def _made_gradients(
 
 
 def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
-    backend, stream, (weights, add_zero, needs) = _unpack(args)
-    weights = None if weights is None else weights.contiguous()
+    backend, stream, (weights, divisor, add_zero, needs) = _unpack(args)
+    if weights is None:
+        weights = stream.u.new_ones(len(stream.u), dtype=_vector_dtype(stream.scale))
+    weights = weights.to(_vector_dtype(stream.scale)) / divisor
     values, gradients = backend.weighted_logsumexp(stream, weights, add_zero, Needs(*needs))
-    total = values.sum() if weights is None else torch.dot(values, weights)
-    return (total, values, *_filled(gradients, stream.scale))
+    total = torch.dot(values, weights).to(_accumulation(stream.u))
+    return (total, values / divisor, *_filled(gradients, stream.scale))
 
 
 def _weighted_fake(*args: Any) -> tuple[Tensor, ...]:
-    dtype = _accumulation(args[0])
-    values = args[0].new_empty(args[0].shape[0], dtype=dtype)
-    return (args[0].new_empty((), dtype=dtype), values, *_fake_gradients(args, args[-1], True))
+    u = args[0]
+    total = u.new_empty((), dtype=_accumulation(u))
+    values = u.new_empty(u.shape[0], dtype=_vector_dtype(u))
+    return (total, values, *_fake_gradients(args, args[-1], True))
 
 
 weighted_logsumexp = _operator(
     "weighted_logsumexp",
-    f"({_STREAM}, Tensor? weights, bool add_zero, bool[] needs) -> (Tensor, Tensor, {_GRADIENTS})",
+    f"({_STREAM}, Tensor? weights, SymInt divisor, bool add_zero, bool[] needs) -> "
+    f"(Tensor, Tensor, {_GRADIENTS})",
     _weighted_body,
     _weighted_fake,
 )
@@ -248,25 +278,26 @@ def _weighted_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -
 def _weighted_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     made, values = ctx.saved_tensors[:_DIFFERENTIABLE], ctx.saved_tensors[_DIFFERENTIABLE]
     if grad is None:
-        return (None,) * (_STREAM_ARGS + 3)
+        return (None,) * (_STREAM_ARGS + 4)
     origins = ctx.saved_tensors[_DIFFERENTIABLE + 1 :]
-    grad_weights = grad * values if ctx.needs_input_grad[_STREAM_ARGS] else None
+    wanted = ctx.needs_input_grad[_STREAM_ARGS]
+    grad_weights = (grad * values).to(grad.dtype) if wanted else None
     rest = (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
-    return (*_made_gradients(ctx, grad, made, origins), *rest, grad_weights, None, None)
+    return (*_made_gradients(ctx, grad, made, origins), *rest, grad_weights, None, None, None)
 
 
 weighted_logsumexp.register_autograd(_weighted_grad, setup_context=_weighted_setup)
 
 
 def _sigmoid_sum_body(*args: Any) -> tuple[Tensor, ...]:
-    backend, stream, (needs,) = _unpack(args)
-    total, gradients = backend.sigmoid_sum(stream, Needs(*needs))
-    return (total, *_filled(gradients, stream.scale))
+    backend, stream, (divisor, needs) = _unpack(args)
+    total, gradients = backend.sigmoid_sum(stream, divisor, Needs(*needs))
+    return (total.to(_accumulation(stream.u)), *_filled(gradients, stream.scale))
 
 
 sigmoid_sum = _operator(
     "sigmoid_sum",
-    f"({_STREAM}, bool[] needs) -> (Tensor, {_GRADIENTS})",
+    f"({_STREAM}, SymInt divisor, bool[] needs) -> (Tensor, {_GRADIENTS})",
     _sigmoid_sum_body,
     lambda *args: (
         args[0].new_empty((), dtype=_accumulation(args[0])),
@@ -281,8 +312,8 @@ def _sigmoid_sum_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]
 
 def _sigmoid_sum_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * (_STREAM_ARGS + 1)
-    rest = (None,) * (_STREAM_ARGS + 1 - _DIFFERENTIABLE)
+        return (None,) * (_STREAM_ARGS + 2)
+    rest = (None,) * (_STREAM_ARGS + 2 - _DIFFERENTIABLE)
     saved = ctx.saved_tensors
     made, origins = saved[:_DIFFERENTIABLE], saved[_DIFFERENTIABLE:]
     return (*_made_gradients(ctx, grad, made, origins), *rest)
@@ -294,35 +325,45 @@ sigmoid_sum.register_autograd(_sigmoid_sum_grad, setup_context=_sigmoid_sum_setu
 # ---- sigmoid, row by row ----------------------------------------------------------------------
 
 
-def _sigmoid_rows_body(*args: Any) -> tuple[Tensor, Tensor]:
+def _sigmoid_rows_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, _ = _unpack(args)
     rows, pairs = backend.sigmoid_rows(stream)
-    return rows, _or_empty(pairs, stream.scale)
+    if pairs is None:
+        return rows, *(_or_empty(None, stream.scale) for _ in range(2))
+    count = _diagonal_length(stream.u, stream.v, stream.diagonal)
+    return rows, pairs.logits[:count].to(rows.dtype) * LN2, pairs.s
 
 
-def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    u, dtype = args[0], _accumulation(args[0])
-    pairs = _diagonal_length(u, args[1], args[7])
-    return u.new_empty(u.shape[0], dtype=dtype), u.new_empty(pairs, dtype=dtype)
+def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, ...]:
+    u, diagonal = args[0], args[7]
+    rows = u.new_empty(u.shape[0], dtype=_vector_dtype(u))
+    if diagonal is None:
+        return rows, *(u.new_empty(0, dtype=_accumulation(u)) for _ in range(2))
+    logits = u.new_empty(_diagonal_length(u, args[1], diagonal), dtype=_vector_dtype(u))
+    return rows, logits, u.new_empty(u.shape[0], dtype=_accumulation(u))
 
 
 sigmoid_rows = _operator(
-    "sigmoid_rows", f"({_STREAM}) -> (Tensor, Tensor)", _sigmoid_rows_body, _sigmoid_rows_fake
+    "sigmoid_rows",
+    f"({_STREAM}) -> (Tensor, Tensor, Tensor)",
+    _sigmoid_rows_body,
+    _sigmoid_rows_fake,
 )
 
 
 def _sigmoid_rows_backward_body(*args: Any) -> tuple[Tensor, ...]:
-    backend, stream, (grad_rows, grad_diagonal, needs) = _unpack(args)
-    grad_rows = None if grad_rows is None else grad_rows.contiguous()
-    return _filled(
-        backend.sigmoid_rows_backward(stream, grad_rows, grad_diagonal, Needs(*needs)),
-        stream.scale,
+    backend, stream, (pair_s, grad_rows, grad_pairs, needs) = _unpack(args)
+    grads = LineGradients(
+        rows=None if grad_rows is None else grad_rows.contiguous(), pairs=grad_pairs
     )
+    gradients = backend.sigmoid_rows_backward(stream, pair_s, grads, Needs(*needs))
+    return _filled(gradients, stream.scale)
 
 
 _sigmoid_rows_backward = _operator(
     "sigmoid_rows_backward",
-    f"({_STREAM}, Tensor? grad_rows, Tensor? grad_diagonal, bool[] needs) -> ({_GRADIENTS})",
+    f"({_STREAM}, Tensor pair_s, Tensor? grad_rows, Tensor? grad_pairs, bool[] needs) -> "
+    f"({_GRADIENTS})",
     _sigmoid_rows_backward_body,
     lambda *args: _fake_gradients(args, args[-1], stored=False),
 )
@@ -331,12 +372,13 @@ _refuse_second_derivative(_sigmoid_rows_backward)
 
 def _sigmoid_rows_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:_DIFFERENTIABLE]
-    result = _sigmoid_rows_backward(*saved, *ctx.plain, *grads, list(needs))
+    result = _sigmoid_rows_backward(*saved[:7], *ctx.plain, saved[7], *grads[:2], list(needs))
     return _wanted(result, needs) + (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
 
 
 sigmoid_rows.register_autograd(
-    _sigmoid_rows_grad, setup_context=lambda ctx, inputs, output: _save_stream(ctx, inputs)
+    _sigmoid_rows_grad,
+    setup_context=lambda ctx, inputs, output: _save_stream(ctx, inputs, output[2]),
 )
 
 

@@ -12,6 +12,7 @@ from fastcl.kernels import dispatch
 from fastcl.similarity import ops
 from fastcl.similarity.inputs import (
     check_choice,
+    check_divisor,
     check_embeddings,
     check_ids,
     check_number,
@@ -92,7 +93,11 @@ def _arguments(
 
 
 class Statistics(NamedTuple):
-    """What one pass over the matrix yields; an empty tensor where not asked for."""
+    """What one pass over the matrix yields; an empty tensor where not asked for.
+
+    In float64 (where the device has it), so that what a small loss consists of survives taking the
+    positive's logit from a logsumexp of about its size.
+    """
 
     rows: Tensor
     cols: Tensor
@@ -115,38 +120,26 @@ def pair_statistics(
 ) -> Statistics:
     """Logsumexps over the negatives, and the logits of the positives, from one pass.
 
-    The pairs (i, i + positives) are taken out of the stream. Their logits, scale <u_i, v_i> with
-    the biases, come back as a vector, whose gradient is added in float32 to the streamed one.
-    This is what most losses are made of.
+    The pairs (i, i + positives) are taken out of the stream. Their logits come back as a vector,
+    whose gradient is added in float32 to the streamed one. This is what most losses are made of.
     """
     check_choice("dim", dim, ("rows", "cols", "both"))
     args = _arguments(
         u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace
     )
-    rows, cols = dim in ("rows", "both"), dim in ("cols", "both")
     if args.backend == dispatch.REFERENCE:
-        of_rows, of_cols, pairs = _reference_statistics(args)
+        of_rows, of_cols, logits = _reference_statistics(args)
     elif args.v is None:  # symmetric: the columns are the rows
-        of_rows, _, pairs = ops.logsumexp(*args, True, False)
+        of_rows, _, logits, *_ = ops.logsumexp(*args, True, False)
         of_cols = of_rows
     else:
-        of_rows, of_cols, pairs = ops.logsumexp(*args, rows, cols)
+        of_rows, of_cols, logits, *_ = ops.logsumexp(*args, dim != "cols", dim != "rows")
     empty = args.scale.new_empty(0)
     return Statistics(
-        of_rows if rows else empty,
-        of_cols if cols else empty,
-        empty if positives is None else _pair_logits(args, pairs),
+        of_rows if dim != "cols" else empty,
+        of_cols if dim != "rows" else empty,
+        empty if positives is None else logits,
     )
-
-
-def _pair_logits(args: _Arguments, pairs: Tensor) -> Tensor:
-    count, start = pairs.shape[0], args.diagonal or 0
-    logits = pairs * (args.scale if args.scale.dim() == 0 else args.scale[:count])
-    if args.row_bias is not None:
-        logits = logits + args.row_bias[:count]
-    if args.col_bias is not None:
-        logits = logits + args.col_bias[start : start + count]
-    return logits
 
 
 def _reference_statistics(args: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,10 +154,16 @@ def _reference_statistics(args: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
         col_ids=args.col_ids,
         dim="both",
     )
-    keys = (args.u if args.v is None else args.v)[args.diagonal or 0 :]
-    count = min(args.u.shape[0], keys.shape[0])
-    dtype = args.scale.dtype
-    return rows, cols, (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
+    start = args.diagonal or 0
+    keys = (args.u if args.v is None else args.v)[start:]
+    count, dtype = min(args.u.shape[0], keys.shape[0]), args.scale.dtype
+    logits = (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
+    logits = logits * (args.scale if args.scale.dim() == 0 else args.scale[:count])
+    if args.row_bias is not None:
+        logits = logits + args.row_bias[:count]
+    if args.col_bias is not None:
+        logits = logits + args.col_bias[start : start + count]
+    return rows, cols, logits
 
 
 def similarity_logsumexp(
@@ -251,9 +250,10 @@ def similarity_logsumexp(
         logits = (logits + bias).masked_fill(dropped, -torch.inf)
         rows = _put_back(rows, logits) if dim != "cols" else rows
         cols = _put_back(cols, logits) if dim != "rows" else cols
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     if dim == "both":
-        return rows, cols
-    return rows if dim == "rows" else cols
+        return rows.to(dtype), cols.to(dtype)
+    return (rows if dim == "rows" else cols).to(dtype)
 
 
 def _dropped_by_id(pairs: Tensor, row_ids: Tensor | None, col_ids: Tensor | None) -> Tensor:
@@ -285,6 +285,7 @@ def similarity_weighted_logsumexp(
     col_ids: Tensor | None = None,
     positives: int | None = None,
     add_zero: bool = False,
+    divisor: int = 1,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -306,6 +307,7 @@ def similarity_weighted_logsumexp(
             the other logits are taken relative to theirs. This is InfoNCE, exact however small.
         add_zero: with no positives, add a logit 0 to every row (pass minus the positive's logit as
             `row_bias` for positives that are not rows of v).
+        divisor: divide the sum by this count; a 16-bit gradient is then rounded once.
 
     Returns:
         A 0-dim tensor, float32 (float64 for float64 inputs).
@@ -316,7 +318,7 @@ def similarity_weighted_logsumexp(
     Example:
         >>> import fastcl, torch
         >>> q, k = torch.randn(6, 4), torch.randn(6, 4)
-        >>> loss = fastcl.similarity_weighted_logsumexp(q, k, scale=10.0, positives=0) / 6
+        >>> loss = fastcl.similarity_weighted_logsumexp(q, k, scale=10.0, positives=0, divisor=6)
         >>> torch.allclose(loss, fastcl.info_nce(q, k, temperature=0.1))
         True
 
@@ -336,6 +338,7 @@ def similarity_weighted_logsumexp(
                 f"positives={positives} puts row {args.u.shape[0] - 1}'s positive past the last of "
                 f"v's {v.shape[0]} rows; expected at least {args.u.shape[0] + positives} rows"
             )
+    check_divisor(divisor)
     weights = check_vector("weights", weights, args.u.shape[0], args.u)
     if args.backend == dispatch.REFERENCE:
         return reference.similarity_weighted_logsumexp(
@@ -349,8 +352,9 @@ def similarity_weighted_logsumexp(
             col_ids=args.col_ids,
             positives=positives,
             add_zero=add_zero,
+            divisor=divisor,
         )
-    total: Tensor = ops.weighted_logsumexp(*args, weights, add_zero, args.needs)[0]
+    total: Tensor = ops.weighted_logsumexp(*args, weights, divisor, add_zero, args.needs)[0]
     return total
 
 
@@ -366,6 +370,7 @@ def similarity_sigmoid(
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
     reduction: Literal["sum", "rows"] = "sum",
+    divisor: int = 1,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -386,6 +391,7 @@ def similarity_sigmoid(
         positives: column of row 0's positive, 0 for paired rows; None: there are none.
         row_ids, col_ids: integers [N] and [M]; pairs with equal ids are left out, except positives.
         reduction: "sum" -> 0-dim; "rows" -> [N], each row's sum over its columns.
+        divisor: divide the result by this count; a 16-bit gradient is then rounded once.
         backend, workspace: as for :func:`similarity_logsumexp`.
 
     Returns:
@@ -403,6 +409,7 @@ def similarity_sigmoid(
     Source: SigLIP (Zhai et al. 2023, section 3.2, eq. 1), before the division by N.
     """
     check_choice("reduction", reduction, ("sum", "rows"))
+    check_divisor(divisor)
     if v is None:
         raise TypeError("v must be a tensor [M, D]")
     u, v = check_embeddings(u=u, v=v)
@@ -423,17 +430,15 @@ def similarity_sigmoid(
             row_ids=args.row_ids,
             col_ids=args.col_ids,
             reduction=reduction,
+            divisor=divisor,
         )
     if reduction == "sum":
-        total: Tensor = ops.sigmoid_sum(*args, args.needs)[0]
+        total: Tensor = ops.sigmoid_sum(*args, divisor, args.needs)[0]
         return total
     rows: Tensor
-    rows, pairs = ops.sigmoid_rows(*args)
-    if positives is None:
-        return rows
-    logits = _pair_logits(args._replace(row_bias=None), pairs)
-    assert args.row_bias is not None
-    bias_of_pairs = args.row_bias if extra is None else args.row_bias[: logits.shape[0]]
-    positive_loss = torch.logaddexp(-(logits + bias_of_pairs), torch.zeros_like(logits))
-    padding = rows.new_zeros(rows.shape[0] - logits.shape[0])
-    return rows + torch.cat([positive_loss, padding])
+    rows, logits, _ = ops.sigmoid_rows(*args)
+    if positives is not None:
+        positive_loss = torch.logaddexp(-logits, torch.zeros_like(logits))
+        padding = rows.new_zeros(rows.shape[0] - logits.shape[0])
+        rows = rows + torch.cat([positive_loss, padding])
+    return rows.to(args.scale.dtype) / divisor

@@ -41,7 +41,11 @@ class _Operand:
 
 
 class AmxProducts:
-    """The products of a walk for bfloat16: G is rounded to bfloat16, every sum is float32.
+    """The products of a walk for bfloat16, every sum in float32.
+
+    G enters as two bfloat16 matrices, its rounding and what that left: one alone would err by 2^-9
+    in the same direction wherever probabilities are alike, more than eager PyTorch at its worst.
+    That makes five products of what float32 does in three, at some six times its speed.
 
     The packed forms of one chunk of rows, one of columns and one tile live in buffers that are
     made once for each walk.
@@ -52,12 +56,12 @@ class AmxProducts:
         self._buffers: dict[str, Tensor] = {}
 
     def storage(self, dim: int) -> tuple[int, int]:
-        """A tile and G packed twice; each chunk packed twice, and the rows' float32 gradient."""
-        return 4 + 2 + 2, (2 + 2 + 4) * dim
+        """A tile, G split and packed twice; a chunk packed twice, the rows' float32 gradient."""
+        return 4 + 4 + 4, (2 + 2 + 4) * dim
 
-    def buffer(self, name: str, lines: int, k: int) -> Tensor:
-        """Storage for a packed matrix, aligned as PyTorch aligns (64 bytes)."""
-        size = self.extension.amx_packed_bytes(lines, k)
+    def buffer(self, name: str, lines: int, k: int, copies: int = 1) -> Tensor:
+        """Storage for packed matrices, aligned as PyTorch aligns (64 bytes)."""
+        size = copies * self.extension.amx_packed_bytes(lines, k)
         found = self._buffers.get(name)
         if found is None or found.numel() < size:
             found = self._buffers[name] = torch.empty(size, dtype=torch.uint8)
@@ -83,21 +87,20 @@ class AmxProducts:
         if da is None and db is None:
             return
         r, c = g.shape
-        left = None if da is None else self.buffer("g", r, c)
-        left_of_transpose = None if db is None else self.buffer("g^T", c, r)
-        self.extension.amx_pack_rounded(
-            g.data_ptr(),
-            r,
-            c,
-            g.stride(0),
-            0 if left is None else left.data_ptr(),
-            0 if left_of_transpose is None else left_of_transpose.data_ptr(),
-            torch.get_num_threads(),
+        left = 0 if da is None else self.buffer("g", r, c, copies=2).data_ptr()
+        left_of_transpose = 0 if db is None else self.buffer("g^T", c, r, copies=2).data_ptr()
+        self.extension.amx_pack_split(
+            g.data_ptr(), r, c, g.stride(0), left, left_of_transpose, torch.get_num_threads()
         )
-        if da is not None and left is not None:
-            self._multiply(left.data_ptr(), b.packed("right"), c, da, accumulate=True)
-        if db is not None and left_of_transpose is not None:
-            self._multiply(left_of_transpose.data_ptr(), a.packed("right"), r, db, accumulate=True)
+        if da is not None:
+            for part in (left, left + self.extension.amx_packed_bytes(r, c)):
+                self._multiply(part, b.packed("right"), c, da, accumulate=True)
+        if db is not None:
+            for part in (
+                left_of_transpose,
+                left_of_transpose + self.extension.amx_packed_bytes(c, r),
+            ):
+                self._multiply(part, a.packed("right"), r, db, accumulate=True)
 
     def _multiply(self, left: int, right: int, k: int, out: Tensor, *, accumulate: bool) -> None:
         m, n = out.shape

@@ -41,7 +41,7 @@ def _at(x: Tensor | None) -> int:
 def _line(x: Running | Side | None) -> tuple[int, int]:
     if x is None:
         return 0, 0
-    return (_at(x.max), _at(x.sum)) if isinstance(x, Running) else (_at(x.lse), _at(x.weight))
+    return _at(x.max), _at(x.sum if isinstance(x, Running) else x.weight)
 
 
 def _sums(sums: Sums) -> tuple[int, int, int]:
@@ -71,6 +71,8 @@ class CompiledTiles:
             row_ids=_at(tile.row_ids),
             col_ids=_at(tile.col_ids),
             diagonal=tile.diagonal,
+            diagonal_s=0 if tile.pairs is None else _at(tile.pairs.s),
+            diagonal_l=0 if tile.pairs is None else _at(tile.pairs.logits),
         )
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
