@@ -30,7 +30,9 @@ def contrast(positive: Tensor, *negatives: Tensor) -> Tensor:
     Exact however small the loss: nothing is subtracted from the positive's own share. A side
     without negatives is -inf and adds nothing.
     """
-    loss = positive - positive  # 0, and NaN where the positive is infinite, as eager gives
+    # 0, and NaN where the positive is infinite, as eager gives. Detached: as gradients, 1 - 1 would
+    # swallow the digits of a small one.
+    loss = (positive - positive).detach()
     for lse in negatives:
         loss = torch.logaddexp(loss, lse - positive)
     return loss
