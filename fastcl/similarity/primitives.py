@@ -250,7 +250,8 @@ def similarity_logsumexp(
         logits = (logits + bias).masked_fill(dropped, -torch.inf)
         rows = _put_back(rows, logits) if dim != "cols" else rows
         cols = _put_back(cols, logits) if dim != "rows" else cols
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    double = torch.float64 in (u.dtype, u.dtype if v is None else v.dtype)
+    dtype = torch.float64 if double else torch.float32
     if dim == "both":
         return rows.to(dtype), cols.to(dtype)
     return (rows if dim == "rows" else cols).to(dtype)
