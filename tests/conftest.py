@@ -1,0 +1,53 @@
+"""What all tests share: seeds, hypothesis profiles, and the streamed backends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastcl.kernels.cpu.backend import missing_extension
+from tests.cases import BACKENDS
+
+# Examples are the same in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+_quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=25, derandomize=True, **_quiet)
+settings.register_profile("explore", max_examples=500, **_quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+_OF_LOSSES = ("functional", "similarity", "kernels", "losses", "compat")
+
+
+@pytest.fixture(autouse=True)
+def _setting(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fixed seed; and one thread, as threads that wait for each other are slow on busy cores.
+
+    What depends on threads is tested with several where it is tested (tests/kernels).
+    """
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    if request.path.parent.name in _OF_LOSSES:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each streamed backend that this machine can run."""
+    name: str = request.param
+    if name == "cpu" and missing_extension():
+        pytest.skip(f"no compiled kernels to test: {missing_extension()}")
+    return name
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile without what earlier tests left in its caches."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

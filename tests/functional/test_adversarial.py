@@ -1,0 +1,57 @@
+"""Scale 100 with embeddings made to break things: finite, and by the float64 rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import DTYPES, LOSSES, Case, Tensors
+from tests.rule import check_rule
+
+N, D = 24, 16
+
+
+def _equal(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def _opposite(x: Tensor) -> Tensor:
+    signs = 1 - 2 * (torch.arange(len(x)) % 2)
+    return x[:1] * signs.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _one_hot(x: Tensor) -> Tensor:
+    flat = torch.eye(D, dtype=x.dtype)[torch.arange(x[..., 0].numel()) % D]
+    return flat.reshape(x.shape)
+
+
+def _long(x: Tensor) -> Tensor:
+    return 1e4 * x
+
+
+KINDS = {"equal": _equal, "opposite": _opposite, "one-hot": _one_hot, "norm-1e4": _long}
+
+
+def _draws(case: Case, kind: Callable[[Tensor], Tensor]) -> list[Tensors]:
+    draws = [case.tensors(seed, N, D, scale=100.0) for seed in range(4)]
+    return [{k: kind(x) if x.dim() > 1 else x for k, x in t.items()} for t in draws]
+
+
+def _mirrored(draws: list[Tensors]) -> list[Tensors]:
+    """The second tower turned round: every positive is as far away as can be."""
+    second = ("text_features", "positive_key", "z1")
+    return [{k: -x if k in second else x for k, x in t.items()} for t in draws]
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_nasty_embeddings(
+    case: Case, dtype: torch.dtype, kind: str, turned: bool, backend: str
+) -> None:
+    draws = _draws(case, KINDS[kind])
+    check_rule(case, dtype, _mirrored(draws) if turned else draws, backend=backend)

@@ -1,0 +1,44 @@
+"""The draws on which the float64 rule is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tests.cases import Case, Tensors
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A size, a scale, how embeddings lie, and how many draws."""
+
+    name: str
+    n: int
+    d: int
+    scale: float
+    cone: bool
+    draws: int = 4
+    workspace: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def tensors(self, case: Case) -> list[Tensors]:
+        """The case's inputs, one per draw."""
+        return [
+            case.tensors(seed, self.n, self.d, self.scale, self.cone) for seed in range(self.draws)
+        ]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the streamed functions are given beside the case's options."""
+        return {} if self.workspace is None else {"workspace": self.workspace}
+
+
+REGIMES = [
+    Regime("training", 48, 16, scale=10.0, cone=True),
+    Regime("hot", 65, 33, scale=100.0, cone=True),
+    Regime("separated", 65, 33, scale=100.0, cone=False),
+    Regime("flat", 96, 24, scale=1.0, cone=False),
+    Regime("many-tiles", 150, 20, scale=20.0, cone=True, draws=2, workspace=1 << 16),
+]

@@ -1,0 +1,164 @@
+"""The float64 rule of DESIGN.md section 3, the only source of tolerances in these tests.
+
+**The error norm** is the largest absolute error of a tensor (a loss, or the gradient of one
+input), over all its elements and over all draws of a case. Absolute, not relative: gradients have
+elements near 0 by cancellation, which no computation in finite precision gets right relatively,
+and an optimiser adds them to numbers of the size of the largest. Over several draws, because on a
+single one a scalar's error, ours or eager's, can be 0 by luck; the worst of some draws is a
+property of the code.
+
+**The bound**: for 16-bit inputs, eager's error on the same draws; for float32 and float64, twice
+eager's plus 4 ulp, an ulp being that of the returned dtype at the largest magnitude that the true
+tensor has in any of the draws. Where eager is NaN or infinite, anything finite.
+
+**The truth** is `tests.exact` on the inputs as they were rounded: the reference's formulas in more
+than float64, without which float64 itself could not be measured. tests/reference compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests import exact
+from tests.cases import Case
+
+Tensors = Mapping[str, Tensor]
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating tensors in `dtype`; single numbers in float32 beside 16-bit embeddings.
+
+    That is mixed precision as it is used: parameters such as a scale stay in float32.
+    """
+    number = torch.float32 if dtype in SIXTEEN_BIT else dtype
+    return {
+        name: t.to(number if t.dim() == 0 else dtype) if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+
+
+def cotangent(output: Tensor) -> Tensor:
+    """What a loss is multiplied with: 1, and for vectors small numbers exact in every dtype."""
+    return torch.from_numpy(exact.cotangent(tuple(output.shape)).astype(np.float64)).to(output)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    tensors: Tensors,
+    options: Mapping[str, Any],
+    frozen: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Loss (or statistics) and the gradient of every floating tensor that is not `frozen`."""
+    leaves = {
+        name: t.detach().requires_grad_(name not in frozen) if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    outputs = function(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [cotangent(x) for x in outputs])
+    result = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    for name, leaf in leaves.items():
+        if leaf.is_floating_point() and leaf.requires_grad:
+            assert leaf.grad is not None, f"{name} has no gradient"
+            assert leaf.grad.shape == leaf.shape
+            assert leaf.grad.dtype == leaf.dtype
+            result[f"gradient of {name}"] = leaf.grad
+    return result
+
+
+def truth(case: Case, tensors: Tensors) -> dict[str, np.ndarray]:
+    """What is right for these inputs, to more digits than their dtype has."""
+    arrays = {
+        name: x.double().numpy().astype(np.longdouble) if x.is_floating_point() else x.numpy()
+        for name, x in tensors.items()
+    }
+    with np.errstate(over="ignore", under="ignore"):
+        outputs, gradients = getattr(exact, case.function)(**arrays, **case.options)
+    named = {f"output {i}": x for i, x in enumerate(outputs)}
+    return named | {f"gradient of {name}": g for name, g in gradients.items()}
+
+
+@dataclass
+class Error:
+    """One tensor's error over the draws of a case."""
+
+    largest_error: float = 0.0
+    largest_truth: float = 0.0
+    dtype: torch.dtype = torch.float64
+
+    def add(self, value: Tensor, right: np.ndarray) -> None:
+        """Takes one more draw in; a NaN, or an infinity where the truth fits the dtype, stays."""
+        given = value.double().numpy().astype(np.longdouble)
+        largest = torch.finfo(value.dtype).max
+        right = np.where(abs(right) > largest, np.copysign(np.inf, right), right)
+        with np.errstate(invalid="ignore"):
+            error = np.where(given == right, 0, abs(given - right))
+        worst = float(error.max())
+        self.largest_error = math.nan if math.isnan(worst) else max(self.largest_error, worst)
+        finite = abs(right[np.isfinite(right)])
+        self.largest_truth = max(self.largest_truth, float(finite.max(initial=0)))
+        self.dtype = value.dtype
+
+    @property
+    def ulp(self) -> float:
+        """The spacing of the returned dtype's numbers at the largest magnitude of the truth."""
+        info = torch.finfo(self.dtype)
+        exponent = math.floor(math.log2(max(self.largest_truth, info.tiny)))
+        return 2.0**exponent * info.eps
+
+
+def measure(
+    function: Callable[..., Any],
+    case: Case,
+    draws: Sequence[Tensors],
+    truths: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, Error]:
+    """Errors of a function over some draws."""
+    errors: dict[str, Error] = {}
+    for tensors, right in zip(draws, truths, strict=True):
+        for name, value in evaluate(function, tensors, case.options).items():
+            errors.setdefault(name, Error()).add(value, right[name])
+    return errors
+
+
+def violations(
+    ours: dict[str, Error], eager: dict[str, Error], dtype: torch.dtype
+) -> dict[str, str]:
+    """The tensors that break the rule, each with the numbers."""
+    found = {}
+    for name, error in ours.items():
+        allowed = eager[name].largest_error
+        if not math.isfinite(allowed):
+            allowed = torch.finfo(error.dtype).max  # eager fails here: anything finite is better
+        if dtype not in SIXTEEN_BIT:
+            allowed = 2 * allowed + 4 * error.ulp
+        if not error.largest_error <= allowed:
+            found[name] = (
+                f"error {error.largest_error:.3g} > {allowed:.3g} (eager's "
+                f"{eager[name].largest_error:.3g}, ulp {error.ulp:.3g})"
+            )
+    return found
+
+
+def check_rule(
+    case: Case, dtype: torch.dtype, draws: Sequence[Tensors], **only_ours: Any
+) -> dict[str, Error]:
+    """Asserts the rule; `only_ours` are options that eager does not have, such as the backend."""
+    draws = [cast(tensors, dtype) for tensors in draws]
+    truths = [truth(case, tensors) for tensors in draws]
+
+    def call(**arguments: Any) -> Any:
+        return case.ours(**arguments, **only_ours)
+
+    mine = measure(call, case, draws, truths)
+    broken = violations(mine, measure(case.eager, case, draws, truths), dtype)
+    assert not broken, f"the float64 rule is broken for {broken}"
+    return mine

@@ -1,0 +1,19 @@
+"""Every primitive in every dtype, by the float64 rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import DTYPES, PRIMITIVES, Case
+from tests.regimes import REGIMES, Regime
+from tests.rule import check_rule
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PRIMITIVES, ids=str)
+def test_statistics_and_gradients(
+    case: Case, dtype: torch.dtype, regime: Regime, backend: str
+) -> None:
+    check_rule(case, dtype, regime.tensors(case), backend=backend, **regime.options)
