@@ -18,6 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Tensors = dict[str, Tensor]
 
 
+def streamed_backends() -> list[str]:
+    """Those of BACKENDS that this machine can run: without a compiler, "torch" alone."""
+    return [name for name in BACKENDS if name in fastcl.available_backends("cpu")]
+
+
 class Draw:
     """Random inputs of one size, in float64.
 

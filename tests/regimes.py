@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.cases import Case, Tensors
+from tests.cases import Case, Tensors, streamed_backends
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Regime:
     d: int
     scale: float
     cone: bool
-    draws: int = 4
+    draws: int = 8
     workspace: int | None = None
 
     def __str__(self) -> str:
@@ -30,9 +30,10 @@ class Regime:
         ]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What the streamed functions are given beside the case's options."""
-        return {} if self.workspace is None else {"workspace": self.workspace}
+    def ways(self) -> list[dict[str, Any]]:
+        """How to call the streamed functions: each backend, with the regime's workspace."""
+        more = {} if self.workspace is None else {"workspace": self.workspace}
+        return [{"backend": backend} | more for backend in streamed_backends()]
 
 
 REGIMES = [
@@ -40,5 +41,5 @@ REGIMES = [
     Regime("hot", 65, 33, scale=100.0, cone=True),
     Regime("separated", 65, 33, scale=100.0, cone=False),
     Regime("flat", 96, 24, scale=1.0, cone=False),
-    Regime("many-tiles", 150, 20, scale=20.0, cone=True, draws=2, workspace=1 << 16),
+    Regime("many-tiles", 150, 20, scale=20.0, cone=True, draws=4, workspace=1 << 16),
 ]

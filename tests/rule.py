@@ -9,7 +9,10 @@ property of the code.
 
 **The bound**: for 16-bit inputs, eager's error on the same draws; for float32 and float64, twice
 eager's plus 4 ulp, an ulp being that of the returned dtype at the largest magnitude that the true
-tensor has in any of the draws. Where eager is NaN or infinite, anything finite.
+tensor has in any of the draws. Where eager is NaN or infinite, anything finite. Half an ulp is
+always allowed: it is what rounding to the returned dtype costs, and where eager has less it is
+because that dtype happens to hold the true number (powers of two), or because the tensor is float32
+for us and 16 bits for eager.
 
 **The truth** is `tests.exact` on the inputs as they were rounded: the reference's formulas in more
 than float64, without which float64 itself could not be measured. tests/reference compares the two.
@@ -17,6 +20,7 @@ than float64, without which float64 itself could not be measured. tests/referenc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +50,7 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def cotangent(output: Tensor) -> Tensor:
-    """What a loss is multiplied with: 1, and for vectors small numbers exact in every dtype."""
+    """What a loss is multiplied with: 1, and for vectors weights exact in every dtype."""
     return torch.from_numpy(exact.cotangent(tuple(output.shape)).astype(np.float64)).to(output)
 
 
@@ -97,8 +101,8 @@ class Error:
     def add(self, value: Tensor, right: np.ndarray) -> None:
         """Takes one more draw in; a NaN, or an infinity where the truth fits the dtype, stays."""
         given = value.double().numpy().astype(np.longdouble)
-        largest = torch.finfo(value.dtype).max
-        right = np.where(abs(right) > largest, np.copysign(np.inf, right), right)
+        fits = torch.as_tensor(np.asarray(right, np.float64)).to(value.dtype).isfinite().numpy()
+        right = np.where(fits, right, np.copysign(np.inf, right))
         with np.errstate(invalid="ignore"):
             error = np.where(given == right, 0, abs(given - right))
         worst = float(error.max())
@@ -138,7 +142,9 @@ def violations(
         allowed = eager[name].largest_error
         if not math.isfinite(allowed):
             allowed = torch.finfo(error.dtype).max  # eager fails here: anything finite is better
-        if dtype not in SIXTEEN_BIT:
+        if dtype in SIXTEEN_BIT:
+            allowed = max(allowed, error.ulp / 2)
+        else:
             allowed = 2 * allowed + 4 * error.ulp
         if not error.largest_error <= allowed:
             found[name] = (
@@ -149,16 +155,16 @@ def violations(
 
 
 def check_rule(
-    case: Case, dtype: torch.dtype, draws: Sequence[Tensors], **only_ours: Any
-) -> dict[str, Error]:
-    """Asserts the rule; `only_ours` are options that eager does not have, such as the backend."""
+    case: Case, dtype: torch.dtype, draws: Sequence[Tensors], *ways: Mapping[str, Any]
+) -> None:
+    """Asserts the rule for each of some ways: options that eager does not have (a backend)."""
     draws = [cast(tensors, dtype) for tensors in draws]
     truths = [truth(case, tensors) for tensors in draws]
-
-    def call(**arguments: Any) -> Any:
-        return case.ours(**arguments, **only_ours)
-
-    mine = measure(call, case, draws, truths)
-    broken = violations(mine, measure(case.eager, case, draws, truths), dtype)
-    assert not broken, f"the float64 rule is broken for {broken}"
-    return mine
+    theirs = measure(case.eager, case, draws, truths)
+    broken = {}
+    for way in ways:
+        mine = measure(functools.partial(case.ours, **way), case, draws, truths)
+        found = violations(mine, theirs, dtype)
+        if found:
+            broken[str(way)] = found
+    assert not broken, f"the float64 rule is broken: {broken}"

@@ -101,7 +101,9 @@ def info_nce(
     if not in_batch and negative_mode == "unpaired" and reduction != "none":
         assert negative_keys is not None
         positive = scale * _pairs(query, positive_key, backend)
-        how |= {"row_bias": -positive, "add_zero": True, "divisor": divisor}
+        # 0, and NaN where the positive is infinite, as eager gives: a bias of -inf drops the row.
+        zero = (positive - positive).detach()
+        how |= {"row_bias": zero - positive, "add_zero": True, "divisor": divisor}
         return similarity_weighted_logsumexp(query, negative_keys, scale=scale, **how)
 
     negatives = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,7 +33,9 @@ def logits_matrix(
     if col_bias is not None:
         logits = logits + col_bias.to(dtype).reshape(1, -1)
     if diag_bias is not None:
-        logits = logits + diagonal_mask(logits, 0) * diag_bias.to(dtype).reshape(-1, 1)
+        missing = logits.shape[0] - diag_bias.shape[0]  # rows below the last pair (i, i)
+        biased = logits + F.pad(diag_bias.to(dtype), (0, missing)).reshape(-1, 1)
+        logits = torch.where(diagonal_mask(logits, 0), biased, logits)
     return logits
 
 
@@ -139,11 +142,11 @@ def similarity_sigmoid(
 ) -> Tensor:
     """Reference of :func:`fastcl.similarity_sigmoid`."""
     logits = logits_matrix(u, v, scale, row_bias, col_bias) + bias
-    loss = -torch.nn.functional.logsigmoid(-logits)
+    loss = -F.logsigmoid(-logits)
     loss = loss.masked_fill(dropped_pairs(logits, None, row_ids, col_ids), 0.0)
     if positives is not None:
         loss = torch.where(
-            diagonal_mask(logits, positives), -torch.nn.functional.logsigmoid(logits), loss
+            diagonal_mask(logits, positives), -F.logsigmoid(logits), loss
         )
     rows = loss.sum(dim=1) / divisor
     return rows.sum() if reduction == "sum" else rows

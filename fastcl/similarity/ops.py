@@ -391,7 +391,7 @@ def _pair_chunks(keys: Tensor) -> list[slice]:
 
 
 def _pair_body(query: Tensor, keys: Tensor) -> Tensor:
-    dtype = _accumulation(query)
+    dtype = _vector_dtype(query)
     out = query.new_empty(keys.shape[:-1], dtype=dtype)
     for part in _pair_chunks(keys):
         q = query[part].to(dtype)
@@ -403,7 +403,7 @@ pair_similarity = _operator(
     "pair_similarity",
     "(Tensor query, Tensor keys) -> Tensor",
     _pair_body,
-    lambda query, keys: query.new_empty(keys.shape[:-1], dtype=_accumulation(query)),
+    lambda query, keys: query.new_empty(keys.shape[:-1], dtype=_vector_dtype(query)),
 )
 
 

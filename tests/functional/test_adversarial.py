@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import DTYPES, LOSSES, Case, Tensors
+from tests.cases import DTYPES, LOSSES, Case, Tensors, streamed_backends
 from tests.rule import check_rule
 
 N, D = 24, 16
@@ -36,22 +36,20 @@ KINDS = {"equal": _equal, "opposite": _opposite, "one-hot": _one_hot, "norm-1e4"
 
 
 def _draws(case: Case, kind: Callable[[Tensor], Tensor]) -> list[Tensors]:
-    draws = [case.tensors(seed, N, D, scale=100.0) for seed in range(4)]
-    return [{k: kind(x) if x.dim() > 1 else x for k, x in t.items()} for t in draws]
+    """Each draw also with its second tower turned round: every positive as far away as can be.
 
-
-def _mirrored(draws: list[Tensors]) -> list[Tensors]:
-    """The second tower turned round: every positive is as far away as can be."""
+    Both in one measurement, since where everything cancels the true gradient is 0, and what an
+    error is to be compared with is a gradient made of the same terms.
+    """
+    draws = [case.tensors(seed, N, D, scale=100.0) for seed in range(6)]
+    draws = [{k: kind(x) if x.dim() > 1 else x for k, x in t.items()} for t in draws]
     second = ("text_features", "positive_key", "z1")
-    return [{k: -x if k in second else x for k, x in t.items()} for t in draws]
+    return draws + [{k: -x if k in second else x for k, x in t.items()} for t in draws]
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LOSSES, ids=str)
-def test_nasty_embeddings(
-    case: Case, dtype: torch.dtype, kind: str, turned: bool, backend: str
-) -> None:
-    draws = _draws(case, KINDS[kind])
-    check_rule(case, dtype, _mirrored(draws) if turned else draws, backend=backend)
+def test_nasty_embeddings(case: Case, dtype: torch.dtype, kind: str) -> None:
+    ways = [{"backend": backend} for backend in streamed_backends()]
+    check_rule(case, dtype, _draws(case, KINDS[kind]), *ways)

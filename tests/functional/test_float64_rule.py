@@ -13,7 +13,5 @@ from tests.rule import check_rule
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LOSSES, ids=str)
-def test_loss_and_gradients(
-    case: Case, dtype: torch.dtype, regime: Regime, backend: str
-) -> None:
-    check_rule(case, dtype, regime.tensors(case), backend=backend, **regime.options)
+def test_loss_and_gradients(case: Case, dtype: torch.dtype, regime: Regime) -> None:
+    check_rule(case, dtype, regime.tensors(case), *regime.ways)

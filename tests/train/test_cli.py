@@ -31,17 +31,16 @@ def run(*words: str) -> Any:
 
 @pytest.fixture(scope="module", params=["simclr", "clip"])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One short run of a method: its name, its result and its folder. One has a real t-SNE."""
+    """One short run of a method: its name, its result and its folder."""
     out = tmp_path_factory.mktemp("cli") / "run"
     words = ("train", "--method", request.param, "--data", "digits", "--epochs", "2")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "clip":
-            patch.setattr("fastcl.train.plots.flatten", two_columns)
+        patch.setattr("fastcl.train.plots.flatten", two_columns)
         return request.param, run(*words, "--out", str(out)), out
 
 
 def two_columns(features: Any) -> Any:
-    """A cheap stand-in for t-SNE."""
+    """A cheap stand-in for t-SNE, which test_plots.py tests."""
     return features[:, :2]
 
 
@@ -102,6 +101,7 @@ def test_a_used_folder_is_refused_and_resume_is_offered(finished: Any) -> None:
     assert_refused(result, "not empty", f"--resume {out}")
 
 
+@pytest.mark.parametrize("finished", ["clip"], indirect=True)
 def test_resume_of_a_finished_run_gives_the_same_results(
     finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

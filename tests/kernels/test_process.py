@@ -1,0 +1,276 @@
+"""The kernels in processes of every kind: instruction sets, no extension, forks, threads, spawn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastcl.kernels.cpu import backend as compiled
+from fastcl.kernels.tiles import Running, Side, Sums, Tile
+from tests.cases import LOSSES, Case
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [c for c in LOSSES if c.name in ("clip", "siglip-ids", "info_nce-queue", "nt_xent")]
+needs_extension = pytest.mark.skipif(
+    compiled._extension is None, reason="no compiled kernels to test"
+)
+
+
+def evaluate(case: Case, call: Any, dtype: torch.dtype, **how: Any) -> dict[str, torch.Tensor]:
+    """Loss and gradients on fixed inputs, rounded to `dtype` before anything else."""
+    given = case.tensors(seed=5, n=70, d=33, scale=20.0, cone=True)
+    leaves = {k: x.to(dtype) if x.is_floating_point() and x.dim() else x for k, x in given.items()}
+    if call is case.truth:
+        leaves = {k: x.double() if x.is_floating_point() else x for k, x in leaves.items()}
+    leaves = {k: x.clone().requires_grad_(x.is_floating_point()) for k, x in leaves.items()}
+    loss = call(**leaves, **case.options, **how)
+    loss.square().sum().backward()
+    grads = {k: x.grad for k, x in leaves.items() if x.grad is not None}
+    return {"loss": loss.detach()} | grads
+
+
+def errors(
+    cases: list[Case], dtype: torch.dtype, truths: dict[str, Any] | None = None, **how: Any
+) -> dict[str, float]:
+    """Errors above what arithmetic in float32, and storage in `dtype`, explain."""
+    allowed = 2.0**-17 if dtype == torch.float32 else 2.0**-7  # of the largest element
+    found = {}
+    for case in cases:
+        truth = evaluate(case, case.truth, dtype) if truths is None else truths[case.name]
+        result = evaluate(case, case.ours, dtype, **how)
+        assert result.keys() == truth.keys()
+        for name, right in truth.items():
+            error = float((result[name].double() - right).abs().max() / right.abs().max())
+            if not error <= (2.0**-17 if name == "loss" else allowed):
+                found[f"{case.name}: {name}"] = error
+    return found
+
+
+BOTH = (torch.float32, torch.bfloat16)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Code in a process of its own, which must end within a minute."""
+    imports = "import os, sys, warnings, torch\n"
+    return subprocess.run(
+        [sys.executable, "-c", imports + code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# ---- instruction sets --------------------------------------------------------------------------
+
+OF_ISA = """
+from fastcl import _C
+from tests.kernels.test_process import BOTH, LOSSES, errors
+assert _C.isa() == os.environ["FASTCL_CPU_ISA"], _C.isa()
+if _C.isa() != "avx512":
+    assert not _C.amx_available()
+found = [errors(LOSSES, dtype, backend="cpu") for dtype in BOTH]
+assert not any(found), found
+print("right")
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_is_right(isa: str) -> None:
+    done = run(OF_ISA, FASTCL_CPU_ISA=isa)
+    if "which this processor cannot run" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.stdout.strip() == "right", done.stderr
+
+
+@needs_extension
+def test_unknown_instruction_set_is_refused() -> None:
+    done = run("from fastcl import _C; _C.isa()", FASTCL_CPU_ISA="sse")
+    assert done.returncode != 0
+    assert "FASTCL_CPU_ISA is 'sse'; it may be plain, avx2 or avx512" in done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+def test_unknown_instruction_set_is_refused_by_a_loss(dtype: torch.dtype) -> None:
+    code = "import fastcl; x = torch.eye(4).to({}); fastcl.clip_loss(x, x, 1.0)"
+    done = run(code.format(dtype), FASTCL_CPU_ISA="sse")
+    assert done.returncode == 1, "the process did not end by an exception"
+    assert "RuntimeError: FASTCL_CPU_ISA is 'sse'; it may be plain, avx2 or avx512" in done.stderr
+
+
+# ---- without the extension ---------------------------------------------------------------------
+
+BLOCKED = """
+sys.modules["fastcl._C"] = None
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import fastcl
+    ours = [w for w in said if "fastcl" in str(w.message)]
+    assert not ours, "a warning at import"
+    from tests.kernels.test_process import BOTH, SHORT, errors
+    found = [errors(SHORT, dtype) for dtype in BOTH for _ in range(2)]
+    ours = [w for w in said if "fastcl" in str(w.message)]
+assert not any(found), found
+assert len(ours) == 1, [str(w.message) for w in ours]
+assert ours[0].category is RuntimeWarning
+for words in ("compiled CPU kernels are not installed", "portable PyTorch kernels", "slower"):
+    assert words in str(ours[0].message), str(ours[0].message)
+assert fastcl.available_backends() == ["torch", "reference"]
+x = torch.eye(4)
+try:
+    fastcl.clip_loss(x, x, 1.0, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_the_extension() -> None:
+    done = run(BLOCKED)
+    assert done.returncode == 0, done.stderr
+    assert "backend='cpu' cannot be used here" in done.stdout, done.stdout
+    assert "compiled CPU kernels are not installed" in done.stdout
+    assert "fastcl._C" in done.stdout, "the import's own reason is missing"
+
+
+# ---- fork --------------------------------------------------------------------------------------
+
+# In a child forked after the parent's OpenMP pool has worked, PyTorch's own products and
+# elementwise functions wait for ever with more than one thread (torch 2.6 and later with GNU
+# OpenMP: x @ x is enough). So PyTorch gets one thread in the child, as its DataLoader gives its
+# workers, while FASTCL_TEST_THREADS are asked of our kernels alone, which read
+# torch.get_num_threads.
+FORK = """
+import signal, time
+from tests.kernels.test_process import BOTH, SHORT, errors, evaluate
+torch.set_num_threads(2)
+truths = {d: {c.name: evaluate(c, c.truth, d) for c in SHORT} for d in BOTH}
+def all_errors():
+    return [errors(SHORT, d, truths[d], backend="cpu", workspace=1 << 16) for d in BOTH]
+assert not any(all_errors()), "wrong before the fork"
+big = torch.randn(300, 64)
+import fastcl
+for dtype in BOTH:
+    fastcl.clip_loss(big.to(dtype), big.to(dtype), 10.0, backend="cpu")  # several tasks: a pool
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    torch.get_num_threads = lambda: int(os.environ["FASTCL_TEST_THREADS"])
+    status = 1
+    try:
+        for dtype in BOTH:
+            fastcl.clip_loss(big.to(dtype), big.to(dtype), 10.0, backend="cpu")
+        found = all_errors()
+        print(found, file=sys.stderr, flush=True)
+        status = 2 if any(found) else 0
+    finally:
+        os._exit(status)
+for _ in range(300):
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    sys.exit("the child hangs")
+assert os.waitstatus_to_exitcode(status) == 0, "the child failed"
+assert not any(all_errors()), "wrong in the parent after the fork"
+print("right")
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_forked_child_neither_hangs_nor_errs(threads: str) -> None:
+    done = run(FORK, FASTCL_TEST_THREADS=threads)
+    assert done.stdout.strip() == "right", done.stderr
+
+
+# ---- threads and spawn -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+def test_several_threads_at_once(dtype: torch.dtype, backend: str) -> None:
+    """Each thread its own loss, all at once and over again: nothing is shared."""
+    truths = {case.name: evaluate(case, case.truth, dtype) for case in SHORT}
+    start = threading.Barrier(len(SHORT))
+
+    def work(case: Case) -> dict[str, float]:
+        start.wait(timeout=30)
+        found: dict[str, float] = {}
+        for _ in range(10):
+            found |= errors([case], dtype, truths, backend=backend, workspace=1 << 15)
+        return found
+
+    with ThreadPoolExecutor(len(SHORT)) as pool:
+        found = list(pool.map(work, SHORT, timeout=120))
+    assert not any(found), found
+
+
+def _calls() -> dict[str, Any]:
+    n = 1500
+    vectors = [torch.ones(n) for _ in range(4)]
+    tile = Tile(torch.randn(n, n), torch.ones(1), None, None, None, None, None, None)
+    kernels = compiled.CompiledTiles(compiled._extension)
+    running, side = Running(*vectors[:2]), Side(*vectors[2:])
+    return {
+        "statistics": lambda: kernels.softmax_statistics(tile, running, running),
+        "gradient": lambda: kernels.softmax_gradient(tile, side, side, Sums()),
+        "online": lambda: kernels.softmax_online(tile, running, *vectors[2:]),
+        "sigmoid": lambda: kernels.sigmoid(tile, vectors[0], None, True, Sums()),
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["statistics", "gradient", "online", "sigmoid"])
+def test_the_gil_is_released(name: str) -> None:
+    """While a kernel runs, this thread does too: it ticks well inside of some call."""
+    call = _calls()[name]
+    for _ in range(50):
+        spans: list[float] = []
+
+        def timed(spans: list[float] = spans) -> None:
+            spans.append(time.perf_counter())
+            call()
+            spans.append(time.perf_counter())
+
+        worker, ticks = threading.Thread(target=timed), []
+        worker.start()
+        while worker.is_alive():
+            ticks.append(time.perf_counter())
+        begin, end = spans
+        quarter = (end - begin) / 4
+        if sum(begin + quarter < t < end - quarter for t in ticks) >= 10:
+            return
+    pytest.fail("no step of Python was taken within 50 calls")
+
+
+def _spawned(name: str) -> tuple[int, list[dict[str, float]]]:
+    torch.set_num_threads(1)
+    case = next(c for c in SHORT if c.name == name)
+    return os.getpid(), [errors([case], dtype, backend="auto") for dtype in BOTH]
+
+
+def test_spawned_workers() -> None:
+    """As a DataLoader with the spawn method starts them."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        jobs = [pool.apply_async(_spawned, (case.name,)) for case in SHORT]
+        results = [job.get(timeout=90) for job in jobs]
+    for pid, found in results:
+        assert pid != os.getpid()
+        assert not any(found), found
