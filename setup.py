@@ -40,6 +40,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        # A cache of an earlier isolated build names a ninja that is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)

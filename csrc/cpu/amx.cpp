@@ -100,6 +100,10 @@ inline __m512 widened(__m256i x) {
 
 // ---- multiplication -----------------------------------------------------------------------
 
+// The tile instructions are opaque to the compiler, which does not know that they read and write
+// memory: what they touch must be in memory before, and be read again after.
+inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {};
@@ -215,6 +219,7 @@ void multiply(const void* left, const void* right, std::int64_t m, std::int64_t 
   const std::int64_t tasks_down = blocks_of(m, kRowsOfTask), tasks_across = blocks_of(n, kEdge);
   amx_threads::for_each_block(tasks_down * tasks_across, threads, [&](std::int64_t task) {
     const TileConfig config;
+    memory_fence();
     _tile_loadconfig(&config);
     alignas(64) float edge[kEdge * kEdge];
     const std::int64_t j = (task % tasks_across) * kEdge, cols = smaller(kEdge, n - j);
@@ -234,7 +239,9 @@ void multiply(const void* left, const void* right, std::int64_t m, std::int64_t 
       const std::size_t bytes = static_cast<std::size_t>(cols) * sizeof(float);
       if (accumulate)
         for (std::int64_t r = 0; r < rows; ++r) std::memcpy(edge + r * kEdge, target + r * ld, bytes);
+      memory_fence();
       multiply_block(left0, left1, right0, right1, k_blocks, edge, kEdge, accumulate);
+      memory_fence();
       for (std::int64_t r = 0; r < rows; ++r) std::memcpy(target + r * ld, edge + r * kEdge, bytes);
     }
     _tile_release();

@@ -26,7 +26,7 @@ void patch_sigmoid(const Tile<T>& strip, std::int64_t i0, std::int64_t n, T* row
         gs += g * s;
         g_sum += g;
         if (sums.col_g) store(sums.col_g + j, load<V>(sums.col_g + j) + g);
-        store_first(const_cast<T*>(row.s) + j, g * row.scale, strip.cols - j);
+        store_first(const_cast<T*>(row.s) + j, flushed(g * row.scale), strip.cols - j);
       }
     }
     if (kLoss) row_loss[i] += horizontal_sum<T>(loss);

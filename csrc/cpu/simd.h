@@ -48,6 +48,15 @@ template <class V, class E> inline void store_first(E* p, V v, std::int64_t n) {
   std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(E));
 }
 
+// x, or 0 where its magnitude is below 2^-110. A matrix product pays some hundred cycles for each
+// subnormal number it meets or makes, and a converged model's G is full of them.
+inline Simd<float>::V flushed(Simd<float>::V x) {
+  using V = Simd<float>::V;
+  const V magnitude = x < V{} ? -x : x;
+  return magnitude < V{} + 0x1p-110f ? V{} : x;
+}
+inline Simd<double>::V flushed(Simd<double>::V x) { return x; }
+
 // max(x, m) that drops a NaN in x: a NaN always reaches the sums that follow, and stays there.
 template <class V> inline V max(V x, V m) { return x > m ? x : m; }
 

@@ -13,7 +13,7 @@
 namespace fastcl {
 namespace FASTCL_ISA {
 
-constexpr std::int64_t kBlockRows = 64;  // rows of one parallel task
+constexpr std::int64_t kBlockRows = 32;  // rows of one parallel task
 constexpr std::int64_t kPatchRows = 8;
 constexpr std::int64_t kPatchCols = 512;
 template <class T> inline constexpr T kWindow = T(60);
@@ -220,7 +220,7 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
       gs += g * s;
       g_sum += g;
       if (sums.col_g) store(sums.col_g + j, load<V>(sums.col_g + j) + g);
-      store_first(const_cast<T*>(row.s) + j, g * row.scale, left);
+      store_first(const_cast<T*>(row.s) + j, flushed(g * row.scale), left);
     }
     if (sums.row_gs) sums.row_gs[i] += horizontal_sum<T>(gs);
     if (sums.row_g) sums.row_g[i] += horizontal_sum<T>(g_sum);
@@ -291,7 +291,7 @@ void softmax_online(const Tile<T>& tile, Running<T> rows, T* row_es, T* rescale,
         const V e = exp2(logits(tile, row, j, s) - ref);
         sum += e;
         es += e * s;
-        store_first(const_cast<T*>(row.s) + j, e, tile.cols - j);
+        store_first(const_cast<T*>(row.s) + j, flushed(e), tile.cols - j);
       }
       rescale[i] = exp2(rows.max[i] - ref);
       rows.sum[i] = rows.sum[i] * rescale[i] + horizontal_sum<T>(sum);

@@ -6,8 +6,6 @@ is refused, as a local loss there would silently be another loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from fastcl import functional
@@ -34,6 +32,7 @@ class ClipLoss(nn.Module):
     Args:
         local_loss, gather_with_grad, rank, world_size: accepted; only one process is served.
         cache_labels: accepted; there are no labels to cache.
+        backend, workspace: as for :func:`fastcl.clip_loss`.
 
     Raises:
         NotImplementedError: for more than one process.
@@ -56,7 +55,9 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        **backend_options: Any,
+        *,
+        backend: str = "auto",
+        workspace: int | None = None,
     ) -> None:
         super().__init__()
         _one_process(rank, world_size)
@@ -65,7 +66,8 @@ class ClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
-        self.backend_options = backend_options
+        self.backend = backend
+        self.workspace = workspace
 
     def forward(
         self,
@@ -77,7 +79,11 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-dim, or ``{"contrastive_loss": loss}``; logit_scale already exponentiated."""
         loss = functional.clip_loss(
-            image_features, text_features, logit_scale, **self.backend_options
+            image_features,
+            text_features,
+            logit_scale,
+            backend=self.backend,
+            workspace=self.workspace,
         )
         if logit_bias is not None:
             # A bias shared by all logits leaves a softmax as it is: its gradient is exactly 0, but
@@ -93,6 +99,7 @@ class SigLipLoss(nn.Module):
         cache_labels, chunk_size: accepted; there is nothing to cache or to chunk.
         rank, world_size: only one process is served.
         dist_impl: None, "bidir", "shift", "reduce" or "gather"; of no effect in one process.
+        backend, workspace: as for :func:`fastcl.siglip_loss`.
 
     Raises:
         NotImplementedError: for more than one process.
@@ -115,7 +122,9 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
-        **backend_options: Any,
+        *,
+        backend: str = "auto",
+        workspace: int | None = None,
     ) -> None:
         super().__init__()
         _one_process(rank, world_size)
@@ -128,7 +137,8 @@ class SigLipLoss(nn.Module):
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
-        self.backend_options = backend_options
+        self.backend = backend
+        self.workspace = workspace
 
     def forward(
         self,
@@ -140,6 +150,11 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-dim, or ``{"contrastive_loss": loss}``; logit_scale already exponentiated."""
         loss = functional.siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, **self.backend_options
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            backend=self.backend,
+            workspace=self.workspace,
         )
         return _output(loss, output_dict)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastcl.functional.common import Reduction, contrast, normalized, reduce
-from fastcl.similarity.inputs import check_embeddings, check_ids, check_number, check_paired
-from fastcl.similarity.primitives import pair_statistics
+from fastcl import reference
+from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.similarity.inputs import (
+    check_choice,
+    check_embeddings,
+    check_ids,
+    check_number,
+    check_paired,
+)
+from fastcl.similarity.primitives import is_reference, pair_statistics
 
 
 def clip_loss(
@@ -55,10 +62,13 @@ def clip_loss(
     """
     image, text = check_embeddings(image_features=image_features, text_features=text_features)
     check_paired(image_features=image, text_features=text)
+    check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("logit_scale", logit_scale, image)
     ids = check_ids("ids", ids, image.shape[0], image)
     if normalize:
         image, text = normalized(image), normalized(text)
+    if is_reference(backend, image):
+        return reference.clip_loss(image, text, scale, ids=ids, reduction=reduction)
     rows, cols, positive = pair_statistics(
         image,
         text,

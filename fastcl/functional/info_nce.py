@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastcl import reference
 from fastcl.functional.clip import clip_loss
 from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
-from fastcl.kernels import dispatch
-from fastcl.similarity import ops
+from fastcl.kernels.tiles import LN2
 from fastcl.similarity.inputs import (
     SUPPORTED,
     check_choice,
@@ -19,7 +19,13 @@ from fastcl.similarity.inputs import (
     check_paired,
     check_temperature,
 )
-from fastcl.similarity.primitives import pair_statistics, similarity_weighted_logsumexp
+from fastcl.similarity.primitives import (
+    LogSumExp,
+    is_reference,
+    pair_logits,
+    pair_statistics,
+    similarity_weighted_logsumexp,
+)
 
 
 def info_nce(
@@ -90,6 +96,18 @@ def info_nce(
     if normalize:
         query, positive_key = normalized(query), normalized(positive_key)
         negative_keys = None if negative_keys is None else normalized(negative_keys)
+    if is_reference(backend, query):
+        return reference.info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            temperature=1 / scale,
+            negative_mode=negative_mode,
+            in_batch=in_batch,
+            symmetric=symmetric,
+            ids=ids,
+            reduction=reduction,
+        )
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if symmetric:
         return clip_loss(query, positive_key, scale, ids=ids, reduction=reduction, **how)
@@ -100,7 +118,7 @@ def info_nce(
         return similarity_weighted_logsumexp(query, positive_key, scale=scale, **how)
     if not in_batch and negative_mode == "unpaired" and reduction != "none":
         assert negative_keys is not None
-        positive = scale * _pairs(query, positive_key, backend)
+        positive = pair_logits(query, positive_key, scale) * LN2
         # 0, and NaN where the positive is infinite, as eager gives: a bias of -inf drops the row.
         zero = (positive - positive).detach()
         how |= {"row_bias": zero - positive, "add_zero": True, "divisor": divisor}
@@ -114,22 +132,12 @@ def info_nce(
         positive = own.positives
         negatives.append(own.rows)
     else:
-        positive = scale * _pairs(query, positive_key, backend)
+        positive = pair_logits(query, positive_key, scale)
     if negative_keys is not None and negative_mode == "unpaired":
         negatives.append(pair_statistics(query, negative_keys, scale=scale, **how).rows)
     elif negative_keys is not None:
-        negatives.append(torch.logsumexp(scale * _pairs(query, negative_keys, backend), dim=1))
+        negatives.append(LogSumExp.of(pair_logits(query, negative_keys, scale)))
     return reduce(contrast(positive, *negatives), reduction, query)
-
-
-def _pairs(query: Tensor, keys: Tensor, backend: str) -> Tensor:
-    """Similarities of each query with its own key [N, D] or keys [N, M, D], in float32 or wider."""
-    if dispatch.resolve(backend, query.device) == dispatch.REFERENCE:
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        own = query.to(dtype) if keys.dim() == 2 else query.to(dtype)[:, None]
-        return (own * keys.to(dtype)).sum(dim=-1)
-    similarities: Tensor = ops.pair_similarity(query, keys)
-    return similarities
 
 
 def _check_options(

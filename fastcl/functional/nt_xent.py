@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastcl.functional.common import Reduction, contrast, normalized, reduce
-from fastcl.similarity.inputs import check_embeddings, check_ids, check_paired, check_temperature
-from fastcl.similarity.primitives import pair_statistics
+from fastcl import reference
+from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.similarity.inputs import (
+    check_choice,
+    check_embeddings,
+    check_ids,
+    check_paired,
+    check_temperature,
+)
+from fastcl.similarity.primitives import is_reference, pair_statistics
 
 
 def nt_xent(
@@ -29,8 +34,8 @@ def nt_xent(
         \ell_i = -\log \frac{e^{s_{i,i^+} / \tau}}{\sum_{j \neq i} e^{s_{ij} / \tau}}, \qquad
         i = 1 \dots 2N, \quad s_{ij} = \langle z_i, z_j \rangle
 
-    where i+ is the other view of i. The matrix of 2N x 2N similarities is symmetric: the two
-    blocks within a view are made by half, and the block between the views serves both.
+    where i+ is the other view of i. The matrix of 2N x 2N similarities is symmetric, and only half
+    of its tiles are made. The two views are copied into one tensor.
 
     Args:
         z0, z1: [N, D], the two views of each sample; float32, bfloat16, float16 or float64. Used
@@ -58,20 +63,26 @@ def nt_xent(
     """
     z0, z1 = check_embeddings(z0=z0, z1=z1)
     check_paired(z0=z0, z1=z1)
+    check_choice("reduction", reduction, REDUCTIONS)
     scale = check_temperature(temperature, z0)
     ids = check_ids("ids", ids, z0.shape[0], z0)
     if normalize:
         z0, z1 = normalized(z0), normalized(z1)
-    how: dict[str, Any] = {
-        "scale": scale,
-        "row_ids": ids,
-        "col_ids": ids,
-        "positives": 0,  # between the views: the positives; within a view: each row itself
-        "backend": backend,
-        "workspace": workspace,
-    }
-    within0, _, _ = pair_statistics(z0, None, **how)
-    within1, _, _ = pair_statistics(z1, None, **how)
-    rows, cols, positive = pair_statistics(z0, z1, dim="both", **how)
-    views = contrast(positive, within0, rows), contrast(positive, within1, cols)
-    return reduce(torch.cat(views), reduction, z0)
+    if is_reference(backend, z0):
+        return reference.nt_xent(z0, z1, temperature=1 / scale, ids=ids, reduction=reduction)
+    n = z0.shape[0]
+    z = torch.cat([z0, z1])
+    samples = torch.arange(n, device=z.device) if ids is None else ids
+    both = torch.cat([samples, samples])  # drops each view itself and, both ways, its partner
+    within, _, positive = pair_statistics(
+        z,
+        None,
+        scale=scale,
+        row_ids=both,
+        col_ids=both,
+        positives=n,
+        mirrored=True,
+        backend=backend,
+        workspace=workspace,
+    )
+    return reduce(contrast(torch.cat([positive, positive]), within), reduction, z)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastcl import reference
 from fastcl.functional.common import REDUCTIONS, Reduction, normalized
 from fastcl.similarity.inputs import (
     check_choice,
@@ -14,7 +15,7 @@ from fastcl.similarity.inputs import (
     check_number,
     check_paired,
 )
-from fastcl.similarity.primitives import similarity_sigmoid
+from fastcl.similarity.primitives import is_reference, similarity_sigmoid
 
 
 def siglip_loss(
@@ -72,6 +73,8 @@ def siglip_loss(
     ids = check_ids("ids", ids, image.shape[0], image)
     if normalize:
         image, text = normalized(image), normalized(text)
+    if is_reference(backend, image):
+        return reference.siglip_loss(image, text, scale, bias, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
     how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}
     how["divisor"] = image.shape[0] if reduction == "mean" else 1

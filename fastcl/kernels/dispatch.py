@@ -160,6 +160,7 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
+_forced_last = AUTO  # the same as a plain global, on which torch.compile can guard
 
 
 @contextlib.contextmanager
@@ -177,13 +178,14 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with fastcl.use_backend("reference"):
         ...     loss = fastcl.info_nce(u, u)
     """
+    global _forced_last
     check_name(name)
-    previous = _forced.name
-    _forced.name = name
+    previous, previous_last = _forced.name, _forced_last
+    _forced.name = _forced_last = name
     try:
         yield
     finally:
-        _forced.name = previous
+        _forced.name, _forced_last = previous, previous_last
 
 
 def check_name(name: str) -> None:
@@ -196,7 +198,7 @@ def resolve(name: str, device: torch.device) -> str:
     """The backend that will run: the argument, else the context's, else the best for the device."""
     check_name(name)
     if name == AUTO:
-        name = _forced.name
+        name = _forced_last if torch.compiler.is_compiling() else _forced.name
     if name == REFERENCE:
         return name
     if name != AUTO:
@@ -208,7 +210,7 @@ def resolve(name: str, device: torch.device) -> str:
         reason = _BACKENDS[candidate].unavailable(device)
         if reason is None:
             return candidate
-        if device.type in _BACKENDS[candidate].made_for:
+        if device.type in _BACKENDS[candidate].made_for and not torch.compiler.is_compiling():
             _say_once(reason)
     return REFERENCE
 

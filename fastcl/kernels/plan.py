@@ -95,7 +95,7 @@ def plan_tiles(
         r, c = min(rows, n), min(cols, m)
         if r * c * itemsize + (r + c) * line_bytes <= workspace:
             break
-        if rows * 2 > cols and rows > 16:
+        if rows > 16 and (rows * 2 > cols or cols <= 64):
             rows //= 2
         else:
             cols //= 2

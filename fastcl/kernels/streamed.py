@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
 from fastcl.kernels.plan import Chunk, plan_symmetric, plan_tiles
-from fastcl.kernels.tiles import LN2, Pairs, Running, Side, Sums, TileKernels, vector_dtype
+from fastcl.kernels.tiles import LN2, LOG2E, Pairs, Running, Side, Sums, TileKernels, vector_dtype
 from fastcl.kernels.walk import (
     Accumulator,
     Products,
@@ -126,6 +126,8 @@ class StreamedPrimitives:
         maker = self._maker(stream, keep=any(needs))
         out = Accumulator(stream, needs, maker.products, store=_stored(stream.u.dtype))
         rows = _Rows(stream, weights, add_zero)
+        if add_zero:  # the bias comes in with the zero, at the end of a row: it rounds no logit
+            maker.stream = replace(stream, row_bias=None)
         twice = maker.plan.keep or needs.v or needs.col_bias
         for r, a in maker.rows():
             if not any(needs):
@@ -255,7 +257,7 @@ class _Rows:
 
     def __init__(self, stream: Stream, weights: Tensor, add_zero: bool) -> None:
         self.running, self.pairs = _running(stream.u), new_pairs(stream)
-        self.weights, self.add_zero = weights, add_zero
+        self.weights, self.add_zero, self.row_bias = weights, add_zero, stream.row_bias
         self.values = torch.empty_like(weights)
         self.grad_logits = torch.zeros_like(weights)  # sum_j G_ij: each row's weight on its stream
 
@@ -271,15 +273,21 @@ class _Rows:
             log2 = running.log2()
             grad = torch.where(log2 == -torch.inf, torch.zeros_like(weights), weights)
         else:
-            positive = (
-                torch.zeros_like(running.max) if self.pairs is None else self.pairs.logits[rows]
-            )
+            positive = self._positives(rows)
             margin = running.log2(minus=positive)
             zero = (positive - positive).to(margin.dtype)  # NaN where the positive is infinite
             log2 = torch.logaddexp2(margin, zero)
             grad = weights * torch.exp2(margin - log2)
         self.values[rows], self.grad_logits[rows] = log2 * LN2, grad
         return running.side(grad)
+
+    def _positives(self, rows: slice) -> Tensor:
+        """In base 2, the logits against which the rows stand: the pairs', or minus the bias."""
+        if self.pairs is not None:
+            return self.pairs.logits[rows]
+        if self.row_bias is None:
+            return torch.zeros_like(self.weights[rows])
+        return -self.row_bias[rows].to(self.weights.dtype) * LOG2E
 
 
 def _running(lines: Tensor) -> Running:

@@ -165,6 +165,12 @@ def _finite_or_zero(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, torch.zeros_like(x), x)
 
 
+def _flush(s: Tensor) -> None:
+    """Zero in place of float32 numbers so small that products with them are subnormal, and slow."""
+    if s.dtype == torch.float32:
+        s.masked_fill_(s.abs() < 2.0**-110, 0.0)
+
+
 class TorchTiles:
     """The tile functions in plain PyTorch: any device, no compiler."""
 
@@ -200,6 +206,7 @@ class TorchTiles:
         row_es.mul_(rescale).add_((e * tile.s).sum(dim=1))
         rows.max.copy_(new_max)
         tile.s.copy_(e)
+        _flush(tile.s)
 
     def sigmoid(
         self,
@@ -228,3 +235,4 @@ class TorchTiles:
         if sums.col_g is not None:
             sums.col_g.add_(g.sum(dim=0))
         torch.mul(g, _line(tile.scale), out=tile.s)
+        _flush(tile.s)

@@ -239,8 +239,9 @@ class Accumulator:
         symmetric, count = stream.v is None, paired_rows(stream)
         if grad_pairs is not None and stream.diagonal is not None:
             if self.dv is not None:
-                factor = 2 * grad_pairs if symmetric else grad_pairs
-                self._add_pairs(self.dv[stream.diagonal :], factor, stream.u, 0, count)
+                self._add_pairs(self.dv[stream.diagonal :], grad_pairs, stream.u, 0, count)
+            if self.dv is not None and symmetric:
+                self._add_pairs(self.dv, grad_pairs, stream.u[stream.diagonal :], 0, count)
             if sums.row_g is not None:
                 sums.row_g[:count] += grad_pairs[:count]
             if sums.col_g is not None:

@@ -23,8 +23,9 @@ def logits_matrix(
     diag_bias: Tensor | None = None,
 ) -> Tensor:
     """l_ij = scale_i <u_i, v_j> + row_bias_i + col_bias_j + diag_bias_i [i = j]."""
-    dtype = accumulation_dtype(u)
-    logits = u.to(dtype) @ v.to(dtype).T
+    dtype = torch.promote_types(accumulation_dtype(u), accumulation_dtype(v))
+    with torch.autocast(u.device.type, enabled=False):
+        logits = u.to(dtype) @ v.to(dtype).T
     if isinstance(scale, Tensor):
         scale = scale.to(dtype).reshape(-1, 1)  # one number, or one per row
     logits = logits * scale
@@ -145,8 +146,6 @@ def similarity_sigmoid(
     loss = -F.logsigmoid(-logits)
     loss = loss.masked_fill(dropped_pairs(logits, None, row_ids, col_ids), 0.0)
     if positives is not None:
-        loss = torch.where(
-            diagonal_mask(logits, positives), -F.logsigmoid(logits), loss
-        )
+        loss = torch.where(diagonal_mask(logits, positives), -F.logsigmoid(logits), loss)
     rows = loss.sum(dim=1) / divisor
     return rows.sum() if reduction == "sum" else rows

@@ -104,7 +104,8 @@ def info_nce(
     if negative_keys is not None and negative_mode == "unpaired":
         blocks.append(logits_matrix(query, negative_keys, scale))
     if negative_keys is not None and negative_mode == "paired":
-        paired = torch.einsum("nd,nmd->nm", query.to(dtype), negative_keys.to(dtype))
+        with torch.autocast(query.device.type, enabled=False):
+            paired = torch.einsum("nd,nmd->nm", query.to(dtype), negative_keys.to(dtype))
         blocks.append(paired * scale)
     return reduce(_cross_entropy(torch.cat(blocks, dim=1), positive), reduction)
 

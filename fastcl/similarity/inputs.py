@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MIXED_16 = {torch.float16, torch.bfloat16}
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -61,6 +60,22 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype) for x in tensors]
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Refuses what the streamed backends would silently get wrong: forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is None:
+            continue
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        dual = torch.autograd.forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+        if wrapped or dual.tangent is not None:
+            raise RuntimeError(
+                "fastcl's streamed losses have reverse-mode gradients only; for torch.func "
+                'transforms and forward-mode derivatives use backend="reference"'
+            )
 
 
 def check_paired(**named: Tensor) -> None:
@@ -131,7 +146,7 @@ def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tenso
         )
     if ids.shape != (length,):
         raise ValueError(f"{name} has shape {_shape(ids)}; expected [{length}], one id per row")
-    return ids.to(like.device)
+    return ids.to(device=like.device, dtype=torch.int64)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

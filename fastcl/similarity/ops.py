@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
-from fastcl.kernels.tiles import LN2, Pairs, Running, vector_dtype
+from fastcl.kernels.tiles import LN2, LOG2E, Pairs, Running, vector_dtype
 
 # The arguments that describe a stream lead every operator, in this order.
 _STREAM = (
@@ -88,7 +88,7 @@ def _fake_gradients(args: Sequence[Any], needs: Sequence[bool], stored: bool) ->
     for x, wanted in zip(args[:_DIFFERENTIABLE], needs, strict=True):
         embeddings = x is not None and x.dim() == 2
         if not wanted or x is None:
-            shapes.append(args[0].new_empty(0))
+            shapes.append(args[2].new_empty(0))  # as _or_empty: like the scale
         else:
             shapes.append(x.new_empty(x.shape, dtype=dtype if embeddings else x.dtype))
     return tuple(shapes)
@@ -105,26 +105,21 @@ def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | No
     return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
 
-def _vector_dtype(x: Tensor) -> torch.dtype:
-    return vector_dtype(x) if x.dtype != torch.float64 else torch.float64
-
-
 # ---- logsumexp by rows, by columns, or both ---------------------------------------------------
+#
+# In base 2, and in two parts: log2 sum_j 2^(l_ij - max_i) is the differentiable output, the maximum
+# is kept beside it. Their sum would round away what a small loss consists of.
 
 
 def _logsumexp_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, (rows, cols) = _unpack(args)
     of_rows, of_cols, pairs = backend.logsumexp(stream, rows, cols)
-    count = _diagonal_length(stream.u, stream.v, stream.diagonal)
-    logits = None if pairs is None else pairs.logits[:count].to(_vector_dtype(stream.scale)) * LN2
-    values = (_natural(of_rows), _natural(of_cols), logits)
+    dtype, count = vector_dtype(stream.scale), _diagonal_length(stream.u, stream.v, stream.diagonal)
+    rest = [None if x is None else x.sum.to(dtype).log2() for x in (of_rows, of_cols)]
+    logits = None if pairs is None else pairs.logits[:count].to(dtype)
     kept = [x for line in (of_rows, of_cols) for x in _parts(line)]
     kept.append(None if pairs is None else pairs.s)
-    return tuple(_or_empty(x, stream.scale) for x in (*values, *kept))
-
-
-def _natural(running: Running | None) -> Tensor | None:
-    return None if running is None else running.log2() * LN2
+    return tuple(_or_empty(x, stream.scale) for x in (*rest, logits, *kept))
 
 
 def _parts(running: Running | None) -> tuple[Tensor | None, Tensor | None]:
@@ -136,13 +131,13 @@ def _logsumexp_fake(*args: Any) -> tuple[Tensor, ...]:
     keys = u if v is None else v
     n, m = u.shape[0] if rows else 0, keys.shape[0] if cols else 0
     pairs = _diagonal_length(u, v, diagonal)
-    values = [(x, _vector_dtype(u)) for x in (n, m, pairs)]
-    kept = [(x, _accumulation(u)) for x in (n, n, m, m, 0 if diagonal is None else u.shape[0])]
-    empty = _accumulation(u)
-    return tuple(
-        u.new_empty(x, dtype=dtype if not isinstance(x, int) or x else empty)
-        for x, dtype in (*values, *kept)
-    )
+    given = (rows, cols, diagonal is not None)
+    values = [
+        u.new_empty(size, dtype=vector_dtype(u) if there else _accumulation(u))
+        for size, there in zip((n, m, pairs), given, strict=True)
+    ]
+    kept = (n, n, m, m, 0 if diagonal is None else u.shape[0])
+    return (*values, *(u.new_empty(size, dtype=_accumulation(u)) for size in kept))
 
 
 logsumexp = _operator(
@@ -161,7 +156,8 @@ def _logsumexp_backward_body(*args: Any) -> tuple[Tensor, ...]:
         Running(col_max, col_sum) if len(col_max) else None,
         Pairs(pair_s, pair_s) if len(pair_s) else None,
     )
-    gradients = backend.logsumexp_backward(stream, statistics, LineGradients(*grads), Needs(*needs))
+    natural = LineGradients(*(None if g is None else g * LOG2E for g in grads))
+    gradients = backend.logsumexp_backward(stream, statistics, natural, Needs(*needs))
     return _filled(gradients, stream.scale)
 
 
@@ -235,6 +231,8 @@ def _save_made(ctx: Any, inputs: Sequence[Any], made: Sequence[Tensor], *more: T
     ctx.set_materialize_grads(False)
     ctx.needs = inputs[-1]
     origins = [x for x, wanted in zip(inputs[:_DIFFERENTIABLE], ctx.needs, strict=True) if wanted]
+    if not origins:
+        origins = [inputs[0]]
     ctx.save_for_backward(*made, *more, *origins)
     ctx.dtype = inputs[0].dtype
 
@@ -248,8 +246,8 @@ def _made_gradients(
 def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, (weights, divisor, add_zero, needs) = _unpack(args)
     if weights is None:
-        weights = stream.u.new_ones(len(stream.u), dtype=_vector_dtype(stream.scale))
-    weights = weights.to(_vector_dtype(stream.scale)) / divisor
+        weights = stream.u.new_ones(len(stream.u), dtype=vector_dtype(stream.scale))
+    weights = weights.to(vector_dtype(stream.scale)) / divisor
     values, gradients = backend.weighted_logsumexp(stream, weights, add_zero, Needs(*needs))
     total = torch.dot(values, weights).to(_accumulation(stream.u))
     return (total, values / divisor, *_filled(gradients, stream.scale))
@@ -258,7 +256,7 @@ def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
 def _weighted_fake(*args: Any) -> tuple[Tensor, ...]:
     u = args[0]
     total = u.new_empty((), dtype=_accumulation(u))
-    values = u.new_empty(u.shape[0], dtype=_vector_dtype(u))
+    values = u.new_empty(u.shape[0], dtype=vector_dtype(u))
     return (total, values, *_fake_gradients(args, args[-1], True))
 
 
@@ -271,19 +269,23 @@ weighted_logsumexp = _operator(
 )
 
 
+_MADE = _DIFFERENTIABLE + 1  # tensors that the forward made: five gradients and the values
+
+
 def _weighted_setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     _save_made(ctx, inputs, output[2:], output[1])
 
 
 def _weighted_grad(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    made, values = ctx.saved_tensors[:_DIFFERENTIABLE], ctx.saved_tensors[_DIFFERENTIABLE]
     if grad is None:
         return (None,) * (_STREAM_ARGS + 4)
-    origins = ctx.saved_tensors[_DIFFERENTIABLE + 1 :]
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    made, values, origins = saved[:_DIFFERENTIABLE], saved[_DIFFERENTIABLE], saved[_MADE:]
+    *scaled, of_weights = _scaled(grad, [*made, values], list(origins), ctx.dtype)
     wanted = ctx.needs_input_grad[_STREAM_ARGS]
-    grad_weights = (grad * values).to(grad.dtype) if wanted else None
     rest = (None,) * (_STREAM_ARGS - _DIFFERENTIABLE)
-    return (*_made_gradients(ctx, grad, made, origins), *rest, grad_weights, None, None, None)
+    of_weights = of_weights.to(grad.dtype) if wanted else None
+    return (*_wanted(scaled, ctx.needs), *rest, of_weights, None, None, None)
 
 
 weighted_logsumexp.register_autograd(_weighted_grad, setup_context=_weighted_setup)
@@ -336,10 +338,10 @@ def _sigmoid_rows_body(*args: Any) -> tuple[Tensor, ...]:
 
 def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, ...]:
     u, diagonal = args[0], args[7]
-    rows = u.new_empty(u.shape[0], dtype=_vector_dtype(u))
+    rows = u.new_empty(u.shape[0], dtype=vector_dtype(u))
     if diagonal is None:
         return rows, *(u.new_empty(0, dtype=_accumulation(u)) for _ in range(2))
-    logits = u.new_empty(_diagonal_length(u, args[1], diagonal), dtype=_vector_dtype(u))
+    logits = u.new_empty(_diagonal_length(u, args[1], diagonal), dtype=vector_dtype(u))
     return rows, logits, u.new_empty(u.shape[0], dtype=_accumulation(u))
 
 
@@ -391,7 +393,7 @@ def _pair_chunks(keys: Tensor) -> list[slice]:
 
 
 def _pair_body(query: Tensor, keys: Tensor) -> Tensor:
-    dtype = _vector_dtype(query)
+    dtype = vector_dtype(query)
     out = query.new_empty(keys.shape[:-1], dtype=dtype)
     for part in _pair_chunks(keys):
         q = query[part].to(dtype)
@@ -403,7 +405,7 @@ pair_similarity = _operator(
     "pair_similarity",
     "(Tensor query, Tensor keys) -> Tensor",
     _pair_body,
-    lambda query, keys: query.new_empty(keys.shape[:-1], dtype=_vector_dtype(query)),
+    lambda query, keys: query.new_empty(keys.shape[:-1], dtype=vector_dtype(query)),
 )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcl import reference
 from fastcl.kernels import dispatch
+from fastcl.kernels.tiles import LN2, LOG2E
 from fastcl.similarity import ops
 from fastcl.similarity.inputs import (
     check_choice,
@@ -17,6 +18,7 @@ from fastcl.similarity.inputs import (
     check_ids,
     check_number,
     check_scale,
+    check_transforms,
     check_vector,
     check_workspace,
 )
@@ -54,7 +56,9 @@ def _arguments(
     diagonal: int | None,
     backend: str,
     workspace: int | None,
+    mirrored: bool = False,
 ) -> _Arguments:
+    own_ids = col_ids is not None and col_ids is not row_ids
     if v is None:
         (u,) = check_embeddings(u=u)
         col_ids = row_ids if col_ids is None else col_ids
@@ -76,7 +80,10 @@ def _arguments(
     col_bias = check_vector("col_bias", col_bias, m, u)
     name = dispatch.resolve(backend, u.device)
     default = 0 if name == dispatch.REFERENCE else dispatch.get(name).default_workspace
-    if v is None and (scale.dim() or row_bias is not None or col_bias is not None or diagonal):
+    if name != dispatch.REFERENCE:
+        check_transforms(u, v, scale, row_bias, col_bias)
+    lopsided = scale.dim() or row_bias is not None or col_bias is not None or own_ids
+    if v is None and (lopsided or (diagonal and not mirrored)):
         v = u  # the matrix of logits is not symmetric: all of it is needed
     return _Arguments(
         u,
@@ -92,15 +99,36 @@ def _arguments(
     )
 
 
-class Statistics(NamedTuple):
-    """What one pass over the matrix yields; an empty tensor where not asked for.
+class LogSumExp(NamedTuple):
+    """Logsumexps in base 2, in two parts: the largest logits, and the rest above them.
 
-    In float64 (where the device has it), so that what a small loss consists of survives taking the
-    positive's logit from a logsumexp of about its size.
+    In float64 (where the device has it). Apart, because their sum would round away what a small
+    loss consists of; `top` carries no gradient.
     """
 
-    rows: Tensor
-    cols: Tensor
+    top: Tensor
+    rest: Tensor
+
+    def minus(self, logits: Tensor) -> Tensor:
+        """Relative to logits in base 2: exact where they are close to the top."""
+        return (self.top - logits) + self.rest
+
+    def natural(self) -> Tensor:
+        """The logsumexps in base e."""
+        return (self.top + self.rest) * LN2
+
+    @staticmethod
+    def of(logits: Tensor) -> LogSumExp:
+        """Of the rows of a matrix of logits in base 2, which is there anyway."""
+        top = logits.detach().amax(dim=1)
+        return LogSumExp(top, torch.exp2(logits - top[:, None]).sum(dim=1).log2())
+
+
+class Statistics(NamedTuple):
+    """What one pass over the matrix yields, in base 2; empty tensors where not asked for."""
+
+    rows: LogSumExp
+    cols: LogSumExp
     positives: Tensor
 
 
@@ -114,6 +142,7 @@ def pair_statistics(
     row_bias: Tensor | None = None,
     col_bias: Tensor | None = None,
     positives: int | None = None,
+    mirrored: bool = False,
     dim: Literal["rows", "cols", "both"] = "rows",
     backend: str = "auto",
     workspace: int | None = None,
@@ -122,48 +151,35 @@ def pair_statistics(
 
     The pairs (i, i + positives) are taken out of the stream. Their logits come back as a vector,
     whose gradient is added in float32 to the streamed one. This is what most losses are made of.
+
+    `mirrored`, for v = u: the ids drop the pairs (i + positives, i) as well, so that the matrix
+    stays symmetric, and half of it is enough.
     """
     check_choice("dim", dim, ("rows", "cols", "both"))
     args = _arguments(
-        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace, mirrored
     )
-    if args.backend == dispatch.REFERENCE:
-        of_rows, of_cols, logits = _reference_statistics(args)
-    elif args.v is None:  # symmetric: the columns are the rows
-        of_rows, _, logits, *_ = ops.logsumexp(*args, True, False)
-        of_cols = of_rows
-    else:
-        of_rows, of_cols, logits, *_ = ops.logsumexp(*args, dim != "cols", dim != "rows")
-    empty = args.scale.new_empty(0)
+    rows, cols = dim != "cols", dim != "rows"
+    if args.v is None:  # symmetric: the columns are the rows
+        rest, _, logits, top, *_ = ops.logsumexp(*args, True, False)
+        both = LogSumExp(top.to(rest.dtype), rest)
+        return Statistics(both, both, logits)
+    rest, col_rest, logits, top, _, col_top, *_ = ops.logsumexp(*args, rows, cols)
     return Statistics(
-        of_rows if dim != "cols" else empty,
-        of_cols if dim != "rows" else empty,
-        empty if positives is None else logits,
+        LogSumExp(top.to(rest.dtype), rest), LogSumExp(col_top.to(col_rest.dtype), col_rest), logits
     )
 
 
-def _reference_statistics(args: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = reference.similarity_logsumexp(
-        args.u,
-        args.v,
-        scale=args.scale,
-        row_bias=args.row_bias,
-        col_bias=args.col_bias,
-        mask_diagonal=args.diagonal,
-        row_ids=args.row_ids,
-        col_ids=args.col_ids,
-        dim="both",
-    )
-    start = args.diagonal or 0
-    keys = (args.u if args.v is None else args.v)[start:]
-    count, dtype = min(args.u.shape[0], keys.shape[0]), args.scale.dtype
-    logits = (args.u[:count].to(dtype) * keys[:count].to(dtype)).sum(dim=1)
-    logits = logits * (args.scale if args.scale.dim() == 0 else args.scale[:count])
-    if args.row_bias is not None:
-        logits = logits + args.row_bias[:count]
-    if args.col_bias is not None:
-        logits = logits + args.col_bias[start : start + count]
-    return rows, cols, logits
+def is_reference(backend: str, like: Tensor) -> bool:
+    """Whether the reference will compute this, whole matrix and all."""
+    return dispatch.resolve(backend, like.device) == dispatch.REFERENCE
+
+
+def pair_logits(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    """Logits in base 2 of each query with its own key [N, D], or with its own keys [N, M, D]."""
+    check_transforms(query, keys, scale)
+    similarities: Tensor = ops.pair_similarity(query, keys)
+    return LOG2E * scale * similarities
 
 
 def similarity_logsumexp(
@@ -221,12 +237,29 @@ def similarity_logsumexp(
     Source: the statistic of InfoNCE (van den Oord et al. 2018, eq. 4) and CLIP (Radford et al.
     2021, figure 3); streaming as in Milakov and Gimelshein 2018, algorithm 3.
     """
+    check_choice("dim", dim, ("rows", "cols", "both"))
     bias_at = mask_diagonal if diag_bias is None else 0
     if diag_bias is not None and mask_diagonal is not None:
         if mask_diagonal == 0:
             raise ValueError("diag_bias has no effect with mask_diagonal=0: its pairs are dropped")
         raise ValueError(
             "diag_bias and mask_diagonal cannot be given together; drop pairs by id instead"
+        )
+    args = _arguments(
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, bias_at, backend, workspace
+    )
+    if args.backend == dispatch.REFERENCE:
+        return reference.similarity_logsumexp(
+            args.u,
+            args.v,
+            scale=args.scale,
+            row_bias=args.row_bias,
+            col_bias=args.col_bias,
+            diag_bias=diag_bias,
+            mask_diagonal=mask_diagonal,
+            row_ids=args.row_ids,
+            col_ids=args.col_ids,
+            dim=dim,
         )
     statistics = pair_statistics(
         u,
@@ -241,10 +274,10 @@ def similarity_logsumexp(
         backend=backend,
         workspace=workspace,
     )
-    rows, cols = statistics.rows, statistics.cols
+    rows, cols = statistics.rows.natural(), statistics.cols.natural()
     if diag_bias is not None:
-        dropped = _dropped_by_id(statistics.positives, row_ids, row_ids if v is None else col_ids)
-        logits = statistics.positives
+        logits = statistics.positives * LN2
+        dropped = _dropped_by_id(logits, row_ids, row_ids if v is None else col_ids)
         bias = check_vector("diag_bias", diag_bias, len(dropped), logits)
         assert bias is not None
         logits = (logits + bias).masked_fill(dropped, -torch.inf)

@@ -148,7 +148,7 @@ def test_accumulation_over_many_tiles() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows, cols, d", [(33, 20, 17), (64, 64, 64), (100, 37, 3)])
+@pytest.mark.parametrize(("rows", "cols", "d"), [(33, 20, 17), (64, 64, 64), (100, 37, 3)])
 def test_nan_and_infinity_propagate(value: float, rows: int, cols: int, d: int) -> None:
     """Into all that depends on them, and into nothing else."""
     u, v, g = embeddings(rows, d), embeddings(cols, d), torch.randn(rows, cols)

@@ -14,7 +14,7 @@ from fastcl.kernels.cpu.amx import AmxProducts
 from fastcl.kernels.tiles import Pairs, Running, Side, Sums, Tile
 from tests.cases import LOSSES, Case
 
-THREADS = (1, 2, 3, 5)
+THREADS = (1, 2, 3)
 needs_extension = pytest.mark.skipif(
     compiled._extension is None, reason="no compiled kernels to test"
 )
@@ -53,9 +53,7 @@ def test_the_same_call_gives_the_same_bits(case: Case, dtype: torch.dtype, backe
     torch.set_num_threads(2)  # the fixture of conftest.py restores it
     first = evaluate(case, dtype, backend=backend)
     assert len(first) >= 4  # the loss, two towers, a scale
-    for again in range(2):
-        second = evaluate(case, dtype, backend=backend)
-        assert_same_bits(first, second, f"in repetition {again + 1}")
+    assert_same_bits(first, evaluate(case, dtype, backend=backend))
 
 
 @needs_amx
@@ -142,7 +140,7 @@ def test_tile_kernels_do_not_depend_on_threads(name: str, dtype: torch.dtype) ->
         return after
 
     serial = outcome(1)
-    for threads in (*THREADS[1:], 2, 2):  # and more than once, for what only sometimes collides
+    for threads in (*THREADS[1:], 2):  # and more than once, for what only sometimes collides
         assert_same_bits(serial, outcome(threads), f"with {threads} threads")
 
 
@@ -164,5 +162,5 @@ def test_amx_products_do_not_depend_on_threads() -> None:
         return {"s": s, "da": da, "db": db}
 
     serial = outcome(1)
-    for threads in (*THREADS[1:], 2, 2):
+    for threads in (*THREADS[1:], 2):
         assert_same_bits(serial, outcome(threads), f"with {threads} threads")
