@@ -103,7 +103,7 @@ ARROWS = {
     "reference": set(),
     "kernels": {"_C"},
     "similarity": {"kernels", "reference"},
-    "functional": {"similarity", "kernels"},
+    "functional": {"similarity", "kernels", "reference"},
     "losses": {"functional", "similarity", "kernels"},
     "compat": {"losses", "functional"},
     "": {"_version", "compat", "functional", "kernels", "losses", "reference", "similarity"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,19 +72,21 @@ def nt_xent(
         z0, z1 = normalized(z0), normalized(z1)
     if is_reference(backend, z0):
         return reference.nt_xent(z0, z1, temperature=1 / scale, ids=ids, reduction=reduction)
-    n = z0.shape[0]
+    how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
+    if torch.is_grad_enabled() and z0.requires_grad != z1.requires_grad:
+        return reduce(_by_views(z0, z1, ids, how), reduction, z0)
     z = torch.cat([z0, z1])
-    samples = torch.arange(n, device=z.device) if ids is None else ids
+    samples = torch.arange(len(z0), device=z.device) if ids is None else ids
     both = torch.cat([samples, samples])  # drops each view itself and, both ways, its partner
     within, _, positive = pair_statistics(
-        z,
-        None,
-        scale=scale,
-        row_ids=both,
-        col_ids=both,
-        positives=n,
-        mirrored=True,
-        backend=backend,
-        workspace=workspace,
+        z, None, row_ids=both, col_ids=both, positives=len(z0), mirrored=True, **how
     )
     return reduce(contrast(torch.cat([positive, positive]), within), reduction, z)
+
+
+def _by_views(z0: Tensor, z1: Tensor, ids: Tensor | None, how: dict[str, Any]) -> Tensor:
+    """In three streams, two within a view and one between them: none for a view that is frozen."""
+    how = how | {"row_ids": ids, "col_ids": ids, "positives": 0}
+    within0, within1 = (pair_statistics(z, None, **how).rows for z in (z0, z1))
+    rows, cols, positive = pair_statistics(z0, z1, dim="both", **how)
+    return torch.cat([contrast(positive, within0, rows), contrast(positive, within1, cols)])

@@ -374,6 +374,8 @@ def similarity_weighted_logsumexp(
             )
     check_divisor(divisor)
     weights = check_vector("weights", weights, args.u.shape[0], args.u)
+    if add_zero and row_bias is not None:  # enters after the stream: kept as exact as it came
+        args = args._replace(row_bias=row_bias.to(args.u.device))
     if args.backend == dispatch.REFERENCE:
         return reference.similarity_weighted_logsumexp(
             args.u,

@@ -12,30 +12,36 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastcl
 from tests.cases import ALL, Case
-from tests.rule import evaluate
+from tests.rule import cast, evaluate, measure, truth, violations
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SIZES = (12, 20, 33, 57)
 
 
-def _compiled(case: Case, **how: Any) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+def _compiled(case: Case) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     counter = CompileCounterWithBackend("aot_eager")
 
     def loss(**tensors: Tensor) -> Any:
-        return case.ours(**tensors, **case.options, **how)
+        return case.ours(**tensors, **case.options)
 
     return torch.compile(loss, backend=counter, fullgraph=True, dynamic=True), counter
 
 
+def _compilations(counter: CompileCounterWithBackend) -> int:
+    """Graphs that hold something: PyTorch also counts an empty one, of a frame of its own."""
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_one_graph_for_every_size(case: Case, backend: str) -> None:
-    function, counter = _compiled(case, backend=backend)
+def test_one_graph_for_every_size(case: Case) -> None:
+    """With whatever backend is best here: a graph holds opaque operators, so it is the same."""
+    function, counter = _compiled(case)
     for n in SIZES:
         tensors = case.tensors(n=n, d=8)
-        plain = evaluate(case.ours, tensors, case.options | {"backend": backend})
+        plain = evaluate(case.ours, tensors, case.options)
         for name, x in evaluate(function, tensors, {}).items():
             assert torch.equal(x, plain[name]), f"{name} differs at n = {n}"
-    assert counter.frame_count == 1
+    assert _compilations(counter) == 1
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "info_nce", "nt_xent"])
@@ -46,7 +52,7 @@ def test_sizes_become_dynamic_by_themselves(name: str) -> None:
     function = torch.compile(case.ours, backend=counter, fullgraph=True)
     for n in SIZES:
         evaluate(function, case.tensors(n=n, d=8), case.options)
-    assert counter.frame_count == 2
+    assert _compilations(counter) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -71,7 +77,7 @@ def test_within_a_model(dtype: torch.dtype) -> None:
         assert torch.equal(plain, given)
 
 
-def test_use_backend_inside_and_around(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_backend_inside_and_around() -> None:
     """A context within compiled code, and a compiled function within a context."""
     u, v = torch.randn(5, 3), torch.randn(5, 3)
 
@@ -101,10 +107,10 @@ def test_use_backend_inside_and_around(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "siglip", "info_nce", "nt_xent"])
 def test_inductor(name: str) -> None:
+    """It fuses the vector expressions, so that not the bits but the rule must hold."""
     (case,) = (c for c in ALL if str(c) == name)
     function = torch.compile(case.ours, fullgraph=True, dynamic=True)
-    for n in SIZES[:2]:
-        tensors = case.tensors(n=n, d=8)
-        plain = evaluate(case.ours, tensors, case.options)
-        for key, x in evaluate(function, tensors, case.options).items():
-            torch.testing.assert_close(x, plain[key], rtol=1e-12, atol=1e-12)
+    draws = [cast(case.tensors(seed, n=12 + seed, d=8), torch.float32) for seed in range(8)]
+    truths = [truth(case, tensors) for tensors in draws]
+    ours, eager = (measure(f, case, draws, truths) for f in (function, case.eager))
+    assert not violations(ours, eager, torch.float32)

@@ -85,7 +85,7 @@ def test_an_explicit_argument_wins_over_the_context() -> None:
 def test_a_context_reaches_the_losses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     statistics = TorchBackend.logsumexp
-    of_reference = fastcl.reference.similarity_logsumexp
+    of_reference = fastcl.reference.clip_loss
 
     def streamed(self, *args):
         used.append("torch" if type(self) is TorchBackend else "another")
@@ -96,7 +96,7 @@ def test_a_context_reaches_the_losses(name: str, monkeypatch: pytest.MonkeyPatch
         return of_reference(*args, **options)
 
     monkeypatch.setattr(TorchBackend, "logsumexp", streamed)
-    monkeypatch.setattr(fastcl.reference, "similarity_logsumexp", whole)
+    monkeypatch.setattr(fastcl.reference, "clip_loss", whole)
     u = torch.randn(4, 3)
     with fastcl.use_backend(name):
         fastcl.clip_loss(u, u, 2.0)

@@ -157,15 +157,15 @@ def _nt_xent(n: int, wanted: str, **options: Any) -> None:
 @pytest.mark.parametrize(("n", "workspace"), [(512, SMALL), (300, SMALL), (100, None)])
 def test_nt_xent(n: int, workspace: int | None, backend: str, work: Work) -> None:
     """4 N'^2 D operations, N' = 2N, and the mirrored halves of the tiles on the diagonal."""
-    tile = plan_symmetric(n, 4, workspace or 256 << 20).rows
-    of_diagonal = sum(min(tile, n - start) ** 2 for start in range(0, n, tile))
-    half = (n * n + of_diagonal) // 2  # one view, its tiles on and above the diagonal
-    within, between = 2 * half + n * n, 4 * n * n
+    rows = 2 * n
+    tile = plan_symmetric(rows, 4, workspace or 256 << 20).rows
+    of_diagonal = sum(min(tile, rows - start) ** 2 for start in range(0, rows, tile))
+    half = (rows * rows + of_diagonal) // 2  # the tiles on and above the diagonal
     _nt_xent(n, "01", backend=backend, workspace=workspace)
-    assert work.total == (2 * within + between) * D
-    operations, floor = 2 * work.total, 4 * (2 * n) ** 2 * D
-    assert operations == floor + 4 * of_diagonal * D
-    assert of_diagonal <= tile * n  # of N^2: the excess goes with tile / N
+    assert work.total == (2 * half + rows * rows) * D
+    operations, floor = 2 * work.total, 4 * rows**2 * D
+    assert operations == floor + 2 * of_diagonal * D
+    assert of_diagonal <= tile * rows  # of N'^2: the excess goes with tile / N'
 
 
 def test_nt_xent_with_one_view_frozen(backend: str, work: Work) -> None:

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 D = 128
 WORKSPACE = 4 * MIB
-VECTORS = 24  # of float64 and length N, in both towers together: statistics, pairs, their autograd
-FIXED = 3 * MIB  # a BLAS's packed panels, per-thread scratch, page granularity
+VECTORS = 16  # of float64 and length N, in both towers together: statistics, pairs, their autograd
+FIXED = 2 * MIB  # a BLAS's packed panels, per-thread scratch, page granularity
 
 pytestmark = [
     pytest.mark.skipif(
@@ -114,9 +114,10 @@ def contract(name: str, dtype: str, n: int) -> int:
         "clip_loss": 0,
         "siglip_loss": 2,  # both towers', made in the forward
         "info_nce": 2,
-        "nt_xent": 2,  # a second gradient for each input, until autograd has added the two
+        "nt_xent": 2,  # not a gradient but as large: the two views in one tensor
     }[name]
-    accumulator = n * D * 4 if dtype == "bfloat16" else 0
+    accumulators = 2 if name == "nt_xent" else 1  # one tower's, and both views are its one tower
+    accumulator = accumulators * n * D * 4 if dtype == "bfloat16" else 0
     return WORKSPACE + held * one + accumulator + VECTORS * 8 * n + FIXED
 
 

@@ -67,7 +67,6 @@ def test_the_budget_is_respected_down_to_the_smallest_tile(
     )
 
 
-@pytest.mark.xfail(strict=True, reason="32 x 64 is halved to 32 x 32 and then to 16 x 32")
 @given(lengths, lengths, itemsizes, workspaces, line_bytes, st.sampled_from(TILES))
 @example(5000, 5000, 4, 1 << 16, 1 << 15, TILES[0])
 def test_a_tile_never_shrinks_below_16_rows_of_64(

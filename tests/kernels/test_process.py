@@ -60,11 +60,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", "import os, sys, warnings, torch\n" + code],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
-        check=False,
     )
 
 
@@ -123,8 +121,7 @@ with warnings.catch_warnings(record=True) as said:
     found = [errors(SHORT, dtype) for dtype in BOTH for _ in range(2)]
     ours = [w for w in said if "fastcl" in str(w.message)]
 assert not any(found), found
-assert len(ours) == 1, [str(w.message) for w in ours]
-assert ours[0].category is RuntimeWarning
+assert [w.category for w in ours] == [RuntimeWarning], [str(w.message) for w in ours]
 for words in ("compiled CPU kernels are not installed", "portable PyTorch kernels", "slower"):
     assert words in str(ours[0].message), str(ours[0].message)
 assert fastcl.available_backends() == ["torch", "reference"]
@@ -140,7 +137,6 @@ def test_without_the_extension() -> None:
     done = run(BLOCKED)
     assert done.returncode == 0, done.stderr
     assert "backend='cpu' cannot be used here" in done.stdout, done.stdout
-    assert "compiled CPU kernels are not installed" in done.stdout
     assert "fastcl._C" in done.stdout, "the import's own reason is missing"
 
 

@@ -204,11 +204,12 @@ def _relative_error(ours: Tensor, right: np.ndarray) -> float:
 
 
 def test_exp2_is_within_an_ulp() -> None:
-    """Over [-126, 0], and exactly 0 where the result would no longer be a normal number."""
-    tile, zeros = _column(X).tile(), torch.zeros(len(X))
+    """Over [-110, 0], and exactly 0 where products with the result would be subnormal."""
+    x = X[X > -110]
+    tile, zeros = _column(x).tile(), torch.zeros(len(x))
     COMPILED.softmax_online(tile, Running(zeros, zeros.clone()), zeros.clone(), zeros.clone())
-    assert _relative_error(tile.s[:, 0], np.exp2(X.astype(np.longdouble))) <= 1.0 * EPS
-    below = np.array([-127.5, -150, -1e4, -1e30, -np.inf], dtype="f4")
+    assert _relative_error(tile.s[:, 0], np.exp2(x.astype(np.longdouble))) <= 1.0 * EPS
+    below = np.array([-110.5, -127.5, -150, -1e4, -1e30, -np.inf], dtype="f4")
     tile, zeros = _column(below).tile(), torch.zeros(len(below))
     COMPILED.softmax_online(tile, Running(zeros, zeros.clone()), zeros.clone(), zeros.clone())
     assert (tile.s == 0).all()
@@ -223,6 +224,6 @@ def test_softplus_and_its_derivative_are_within_2_ulp(sign: int) -> None:
     wide = x.astype(np.longdouble) * np.log(np.longdouble(2))
     assert _relative_error(loss, np.maximum(wide, 0) + np.log1p(np.exp(-abs(wide)))) <= 2 * EPS
     scaled = tile.s[:, 0].double() / float(torch.tensor(LN2))
-    normal = wide > -126 * LN2
+    normal = wide > -109 * LN2  # below 2^-110, the gradient is stored as 0
     error = _relative_error(scaled[normal], (1 / (1 + np.exp(-wide)))[normal])
     assert error <= 2 * EPS
