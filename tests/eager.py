@@ -1,4 +1,4 @@
-"""The losses and primitives in eager PyTorch, as people write them: what fastcl is measured against.
+"""The losses and primitives in eager PyTorch, as people write them: what ours are measured against.
 
 They take the arguments of fastcl's functions and work in the dtype of what they are given.
 """
