@@ -51,8 +51,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[]
-    if BUILD == "0"
-    else [Extension("fastcl._C", sources=[], optional=BUILD != "1")],
+    ext_modules=[] if BUILD == "0" else [Extension("fastcl._C", sources=[], optional=BUILD != "1")],
     cmdclass={"build_ext": CMakeBuild},
 )
