@@ -179,7 +179,7 @@ def pair_logits(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
     """Logits in base 2 of each query with its own key [N, D], or with its own keys [N, M, D]."""
     check_transforms(query, keys, scale)
     similarities: Tensor = ops.pair_similarity(query, keys)
-    return LOG2E * scale * similarities
+    return scale.to(similarities.dtype) * LOG2E * similarities
 
 
 def similarity_logsumexp(
