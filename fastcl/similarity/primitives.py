@@ -277,7 +277,9 @@ def similarity_logsumexp(
     rows, cols = statistics.rows.natural(), statistics.cols.natural()
     if diag_bias is not None:
         logits = statistics.positives * LN2
-        dropped = _dropped_by_id(logits, row_ids, row_ids if v is None else col_ids)
+        if v is None and col_ids is None:
+            col_ids = row_ids
+        dropped = _dropped_by_id(logits, row_ids, col_ids)
         bias = check_vector("diag_bias", diag_bias, len(dropped), logits)
         assert bias is not None
         logits = (logits + bias).masked_fill(dropped, -torch.inf)
