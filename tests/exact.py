@@ -21,7 +21,7 @@ Result = tuple[list[Array], dict[str, Array]]
 def cotangent(shape: tuple[int, ...]) -> Array:
     """As tests.rule.cotangent."""
     if not shape:
-        return np.ones((), np.longdouble)
+        return np.full((), 0.5, np.longdouble)
     return (np.arange(np.prod(shape)) * 5 % 16 + 1).reshape(shape).astype(np.longdouble) / 8
 
 
@@ -91,7 +91,7 @@ def reduced(values: Array, reduction: str) -> tuple[Array, Array]:
     if reduction == "none":
         return values, cotangent(values.shape)
     count = len(values) if reduction == "mean" else 1
-    return values.sum() / count, np.ones_like(values) / count
+    return values.sum() / count, np.full_like(values, cotangent(())) / count
 
 
 def _of_temperature(scale_gradient, temperature):
@@ -264,8 +264,9 @@ def similarity_weighted_logsumexp(
     else:
         values, g = softmax(x, 1)
     w = np.ones_like(values) if weights is None else weights
-    back = m.gradients(w[:, None] * g[:, : len(v)])
-    return [(w * values).sum()], _scale_as_given(back, scale) | {"weights": values}
+    c = cotangent(())
+    back = m.gradients(c * w[:, None] * g[:, : len(v)])
+    return [(w * values).sum()], _scale_as_given(back, scale) | {"weights": c * values}
 
 
 def similarity_sigmoid(

@@ -10,7 +10,7 @@ from tests.cases import Case, Tensors, streamed_backends
 
 @dataclass(frozen=True)
 class Regime:
-    """A size, a scale, how embeddings lie, and how many draws."""
+    """A size, a scale, how embeddings lie, how many draws, and whether to take them apart."""
 
     name: str
     n: int
@@ -19,6 +19,7 @@ class Regime:
     cone: bool
     draws: int = 8
     workspace: int | None = None
+    apart: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -39,7 +40,7 @@ class Regime:
 REGIMES = [
     Regime("training", 48, 16, scale=10.0, cone=True),
     Regime("hot", 65, 33, scale=100.0, cone=True),
-    Regime("separated", 65, 33, scale=100.0, cone=False),
+    Regime("separated", 65, 33, scale=100.0, cone=False, apart=True),  # losses of 1e-3 and of 1e-20
     Regime("flat", 96, 24, scale=1.0, cone=False),
     Regime("many-tiles", 150, 20, scale=20.0, cone=True, draws=4, workspace=1 << 16),
 ]

@@ -1,4 +1,4 @@
-// From raw similarities to logits in the log2 domain, a vector at a time.
+// From raw similarities to logits, a vector at a time.
 #pragma once
 
 #include "simd.h"
@@ -11,8 +11,7 @@ namespace FASTCL_ISA {
 template <class T>
 struct RowOf {
   const T* s;
-  T scale;
-  T scale2, scale2_rest, bias2;     // scale (in two parts) and bias times log2(e)
+  T scale, bias;
   typename IdOf<T>::type id;
   std::int64_t dropped;             // column of the dropped pair; may lie outside the tile
   T* diagonal_s;                    // where its s and l go, or nullptr
@@ -24,11 +23,7 @@ inline RowOf<T> row_of(const Tile<T>& tile, std::int64_t i) {
   RowOf<T> row;
   row.s = tile.s + i * tile.ld;
   row.scale = tile.scale[i * tile.scale_stride];
-  // Rounded to one number, scale log2(e) would shift all logits of the row alike.
-  const double exact = static_cast<double>(row.scale) * kLog2e<double>;
-  row.scale2 = static_cast<T>(exact);
-  row.scale2_rest = static_cast<T>(exact - static_cast<double>(row.scale2));
-  row.bias2 = tile.row_bias ? tile.row_bias[i * tile.row_bias_stride] * kLog2e<T> : T(0);
+  row.bias = tile.row_bias ? tile.row_bias[i * tile.row_bias_stride] : T(0);
   row.id = tile.row_ids ? tile.row_ids[i] : 0;
   row.dropped = tile.diagonal == kNoDiagonal ? -1 : i + tile.diagonal;
   row.diagonal_s = tile.diagonal_s ? tile.diagonal_s + i : nullptr;
@@ -46,8 +41,8 @@ inline typename Simd<T>::V logits(const Tile<T>& tile, const RowOf<T>& row, std:
   constexpr int width = Simd<T>::width;
   const std::int64_t left = tile.cols - j;
   s = load_first<V>(row.s + j, left);
-  V l = s * row.scale2 + (s * row.scale2_rest + row.bias2);
-  if (tile.col_bias) l += load_first<V>(tile.col_bias + j, left) * kLog2e<T>;
+  V l = s * row.scale + row.bias;
+  if (tile.col_bias) l += load_first<V>(tile.col_bias + j, left);
   const bool has_dropped = row.dropped >= j && row.dropped < j + width && row.dropped < tile.cols;
   if (__builtin_expect(has_dropped, 0)) {
     if (row.diagonal_s) *row.diagonal_s = s[row.dropped - j];

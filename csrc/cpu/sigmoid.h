@@ -19,8 +19,8 @@ void patch_sigmoid(const Tile<T>& strip, std::int64_t i0, std::int64_t n, T* row
     for (std::int64_t j = 0; j < strip.cols; j += width) {
       V s;
       const V l = logits(strip, row, j, s);
-      const V e = exp2(l > V{} ? -l : l);  // e^-|l|: in (0, 1], so that log1p is exact however small
-      if (kLoss) loss += max(l, V{}) * kLn2<T> + log1p(e);
+      const V e = exp(l > V{} ? -l : l);  // e^-|l|: in (0, 1], so that log1p is exact however small
+      if (kLoss) loss += max(l, V{}) + log1p(e);
       if (kGradient) {
         const V g = (l > V{} ? V{} + T(1) : e) / (e + T(1)) * weight;
         gs += g * s;

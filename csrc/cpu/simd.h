@@ -25,8 +25,6 @@ template <> struct Simd<double> {
   static constexpr int width = FASTCL_VECTOR_BYTES / 8;
 };
 
-template <class T> inline constexpr T kLog2e = T(1.44269504088896340735992468100189214L);
-template <class T> inline constexpr T kLn2 = T(0.693147180559945309417232121458176568L);
 template <class T> inline constexpr T kMinusInfinity = -T(__builtin_huge_val());
 
 template <class V> inline V load(const void* p) {
@@ -73,23 +71,25 @@ template <class T> inline T horizontal_sum(typename Simd<T>::V v) {
   return lanes[0];
 }
 
-// 2^x for x <= 127; exactly 0 below -127 (so 2^-inf = 0); NaN stays NaN.
-// x = n + f with |f| <= 1/2: 2^f by a minimax polynomial (relative error 2e-9), 2^n by its bits.
-inline Simd<float>::V exp2(Simd<float>::V x) {
+// e^x for x <= 88; exactly 0 below -88 (so e^-inf = 0); NaN stays NaN.
+// x = n log(2) + r with |r| <= log(2) / 2: e^r by a minimax polynomial (relative error 3e-9), 2^n by
+// its bits. n log(2) is taken off in two parts, the first of so few bits that nothing is rounded.
+inline Simd<float>::V exp(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
-  const V lowest = V{} - 127.0f;
+  const V lowest = V{} - 88.0f;
   x = x < lowest ? lowest : x;
   const V to_integer = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const V shifted = x + to_integer;
-  const V f = x - (shifted - to_integer);
-  V p = V{} + 1.535336206566785e-4f;
-  p = p * f + 1.3398874557535607e-3f;
-  p = p * f + 9.61843735822931e-3f;
-  p = p * f + 5.550332470782476e-2f;
-  p = p * f + 0.24022647913615636f;
-  p = p * f + 0.6931472028552129f;
-  p = p * f + 1.0f;
+  const V shifted = x * 1.44269504f + to_integer;
+  const V n = shifted - to_integer;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = V{} + 1.38143207e-3f;
+  p = p * r + 8.36885107e-3f;
+  p = p * r + 4.16684011e-2f;
+  p = p * r + 1.66665195e-1f;
+  p = p * r + 4.99999934e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   const I bits = (I)shifted << 23;  // the integer sits in the low bits of the mantissa
   return p * (V)(bits + (127 << 23));
 }
@@ -111,16 +111,16 @@ inline Simd<float>::V log1p(Simd<float>::V e) {
 }
 
 // float64 is there so that gradients can be checked: exactness, not speed.
-inline Simd<double>::V exp2(Simd<double>::V x) {
-  for (int k = 0; k < Simd<double>::width; ++k) x[k] = ::exp2(x[k]);
+inline Simd<double>::V exp(Simd<double>::V x) {
+  for (int k = 0; k < Simd<double>::width; ++k) x[k] = ::exp(x[k]);
   return x;
 }
 inline Simd<double>::V log1p(Simd<double>::V x) {
   for (int k = 0; k < Simd<double>::width; ++k) x[k] = ::log1p(x[k]);
   return x;
 }
-inline float exp2(float x) { return exp2(Simd<float>::V{} + x)[0]; }
-inline double exp2(double x) { return ::exp2(x); }
+inline float exp(float x) { return exp(Simd<float>::V{} + x)[0]; }
+inline double exp(double x) { return ::exp(x); }
 
 }  // namespace FASTCL_ISA
 }  // namespace fastcl

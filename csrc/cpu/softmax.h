@@ -1,9 +1,9 @@
 // The softmax kernels: statistics of a tile, its gradient, and the online form of both.
 //
 // Work goes by patches of kPatchRows x kPatchCols, small enough for the first-level cache, so that
-// rows and columns are served from one evaluation of 2^x wherever a common reference point is safe:
-// with ref at most kWindow above every maximum involved, what 2^(l - ref) loses to underflow is
-// below 2^-66 of every sum it belongs to. Elsewhere (tiny temperatures, empty lines, NaN) rows and
+// rows and columns are served from one evaluation of e^x wherever a common reference point is safe:
+// with ref at most kWindow above every maximum involved, what e^(l - ref) loses to underflow is
+// below e^-46 of every sum it belongs to. Elsewhere (tiny temperatures, empty lines, NaN) rows and
 // columns take an exponential each.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace FASTCL_ISA {
 constexpr std::int64_t kBlockRows = 32;  // rows of one parallel task
 constexpr std::int64_t kPatchRows = 8;
 constexpr std::int64_t kPatchCols = 512;
-template <class T> inline constexpr T kWindow = T(60);
+template <class T> inline constexpr T kWindow = T(42);
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
@@ -68,7 +68,7 @@ void patch_statistics(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Run
     }
   }
 
-  bool shared = false;  // one 2^x serves both directions
+  bool shared = false;  // one e^x serves both directions
   if (kRows && kCols) {
     V low = V{} + lowest;
     for (std::int64_t j = 0; j < end; j += width) {
@@ -87,7 +87,7 @@ void patch_statistics(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Run
   if (kRows && !shared)
     for (std::int64_t r = 0; r < n; ++r)
       for (std::int64_t j = 0; j < end; j += width)
-        row_sum[r] += exp2(load<V>(l[r] + j) - row_ref[r]);
+        row_sum[r] += exp(load<V>(l[r] + j) - row_ref[r]);
 
   if (kCols)
     for (std::int64_t j = 0; j < end; j += width) {
@@ -95,15 +95,15 @@ void patch_statistics(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Run
       V sum = {};
       if (shared) {
         for (std::int64_t r = 0; r < n; ++r) {
-          const V e = exp2(load<V>(l[r] + j) - top);
+          const V e = exp(load<V>(l[r] + j) - top);
           sum += e;
           row_sum[r] += e;
         }
-        sum *= exp2(top - m);
+        sum *= exp(top - m);
       } else {
-        for (std::int64_t r = 0; r < n; ++r) sum += exp2(load<V>(l[r] + j) - ref);
+        for (std::int64_t r = 0; r < n; ++r) sum += exp(load<V>(l[r] + j) - ref);
       }
-      store(cols.sum + j, load<V>(cols.sum + j) * exp2(load<V>(cols.max + j) - ref) + sum);
+      store(cols.sum + j, load<V>(cols.sum + j) * exp(load<V>(cols.max + j) - ref) + sum);
       store(cols.max + j, m);
     }
 
@@ -111,8 +111,8 @@ void patch_statistics(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Run
     for (std::int64_t r = 0; r < n; ++r) {
       const std::int64_t i = i0 + r;
       const T ref = finite_or_zero(row_max[r]);
-      rows.sum[i] = rows.sum[i] * exp2(rows.max[i] - ref) +
-                    horizontal_sum<T>(row_sum[r]) * exp2(row_ref[r] - ref);
+      rows.sum[i] = rows.sum[i] * exp(rows.max[i] - ref) +
+                    horizontal_sum<T>(row_sum[r]) * exp(row_ref[r] - ref);
       rows.max[i] = row_max[r];
     }
 }
@@ -151,7 +151,7 @@ void statistics(const Tile<T>& tile, Running<T> rows, Running<T> cols, int threa
       for (std::int64_t b = 0; b < blocks; ++b) {
         const V other = load<V>(partial + 2 * b * line + j);
         const V new_max = max(other, m), ref = finite_or_zero_lanes<T>(new_max);
-        sum = sum * exp2(m - ref) + load<V>(partial + (2 * b + 1) * line + j) * exp2(other - ref);
+        sum = sum * exp(m - ref) + load<V>(partial + (2 * b + 1) * line + j) * exp(other - ref);
         m = new_max;
       }
       store_first(cols.max + j, m, left);
@@ -175,7 +175,7 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
   using V = typename Simd<T>::V;
   constexpr int width = Simd<T>::width;
   const std::int64_t end = padded<T>(strip.cols);
-  // Where one 2^x serves both sides: G = 2^(l - top) (row_factor_i + col_factor_j).
+  // Where one e^x serves both sides: G = e^(l - top) (row_factor_i + col_factor_j).
   alignas(64) T col_factor[kPatchCols];
   bool shared = false;
   T top = kMinusInfinity<T>;
@@ -194,7 +194,7 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
         const std::int64_t left = strip.cols - j;
         V m = load_first<V>(cols.max + j, left);
         for (std::int64_t k = left; k < width; ++k) m[k] = top;  // past the last column
-        store(col_factor + j, load_first<V>(cols.weight + j, left) * exp2(top - m));
+        store(col_factor + j, load_first<V>(cols.weight + j, left) * exp(top - m));
       }
   }
 
@@ -203,18 +203,18 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
     const RowOf<T> row = row_of(strip, i);
     const T row_ref = kRows ? finite_or_zero(rows.max[i]) : T(0);
     const T row_weight = kRows ? rows.weight[i] : T(0);
-    const T row_factor = shared ? row_weight * exp2(top - row_ref) : T(0);
+    const T row_factor = shared ? row_weight * exp(top - row_ref) : T(0);
     V gs = {}, g_sum = {};
     for (std::int64_t j = 0; j < end; j += width) {
       const std::int64_t left = strip.cols - j;
       V s, g = {};
       const V l = logits(strip, row, j, s);
       if (kRows && kCols && shared) {
-        g = exp2(l - top) * (load<V>(col_factor + j) + row_factor);
+        g = exp(l - top) * (load<V>(col_factor + j) + row_factor);
       } else {
-        if (kRows) g = exp2(l - row_ref) * row_weight;
+        if (kRows) g = exp(l - row_ref) * row_weight;
         if (kCols)
-          g += exp2(l - finite_or_zero_lanes<T>(load_first<V>(cols.max + j, left))) *
+          g += exp(l - finite_or_zero_lanes<T>(load_first<V>(cols.max + j, left))) *
                load_first<V>(cols.weight + j, left);
       }
       gs += g * s;
@@ -288,12 +288,12 @@ void softmax_online(const Tile<T>& tile, Running<T> rows, T* row_es, T* rescale,
       const T new_max = horizontal_max<T>(highest), ref = finite_or_zero(new_max);
       V sum = {}, es = {};
       for (std::int64_t j = 0; j < tile.cols; j += width) {
-        const V e = exp2(logits(tile, row, j, s) - ref);
+        const V e = exp(logits(tile, row, j, s) - ref);
         sum += e;
         es += e * s;
         store_first(const_cast<T*>(row.s) + j, flushed(e), tile.cols - j);
       }
-      rescale[i] = exp2(rows.max[i] - ref);
+      rescale[i] = exp(rows.max[i] - ref);
       rows.sum[i] = rows.sum[i] * rescale[i] + horizontal_sum<T>(sum);
       row_es[i] = row_es[i] * rescale[i] + horizontal_sum<T>(es);
       rows.max[i] = new_max;

@@ -1,8 +1,8 @@
 // What a CPU kernel works on: one tile of the similarity matrix, and the table of kernels.
 //
 // A tile is a block of raw similarities s_ij = <u_i, v_j>, as a matrix product left it. A kernel
-// reads it once, in the log2 domain:
-//     l_ij = (scale_i s_ij + row_bias_i + col_bias_j) * log2(e),   -inf where the pair is dropped,
+// reads it once, as logits:
+//     l_ij = scale_i s_ij + row_bias_i + col_bias_j,   -inf where the pair is dropped,
 // and turns it into statistics, or in place into the gradient with respect to s.
 #pragma once
 
@@ -36,7 +36,7 @@ struct Tile {
   T* diagonal_l;
 };
 
-// A running logsumexp per line in the log2 domain: value = max + log2(sum). nullptr: not wanted.
+// A running logsumexp per line: value = max + log(sum). nullptr: not wanted.
 // The two parts stay apart, as their sum would round away what a small loss consists of.
 template <class T>
 struct Running {
@@ -44,7 +44,7 @@ struct Running {
   T* sum;
 };
 
-// One side of G_ij = sum over the sides of weight * 2^(l_ij - max), with max at least every l of the
+// One side of G_ij = sum over the sides of weight * e^(l_ij - max), with max at least every l of the
 // line and weight its gradient divided by sum. weight nullptr: side not wanted.
 template <class T>
 struct Side {
@@ -68,8 +68,8 @@ struct Kernels {
   // s <- scale_i G_ij.
   void (*softmax_gradient)(const Tile<T>&, Side<T> rows, Side<T> cols, GradientSums<T>,
                            int threads);
-  // Online softmax: s <- 2^(l - new max); updates rows, and row_es (sum_j 2^(l - max) s_ij);
-  // rescale_i <- 2^(old max - new max), by which what was accumulated before must be multiplied.
+  // Online softmax: s <- e^(l - new max); updates rows, and row_es (sum_j e^(l - max) s_ij);
+  // rescale_i <- e^(old max - new max), by which what was accumulated before must be multiplied.
   void (*softmax_online)(const Tile<T>&, Running<T> rows, T* row_es, T* rescale, int threads);
   // row_loss_i += sum_j softplus(l_ij). With a gradient wanted also s <- scale_i weight_i sigmoid(l_ij).
   void (*sigmoid)(const Tile<T>&, T* row_loss, const T* row_weight, bool gradient, GradientSums<T>,

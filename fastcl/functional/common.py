@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcl.kernels.tiles import LN2
 from fastcl.similarity.inputs import accumulation_dtype, check_choice
 from fastcl.similarity.primitives import LogSumExp
 
@@ -29,15 +28,15 @@ def reduce(values: Tensor, reduction: Reduction, like: Tensor) -> Tensor:
 def contrast(positive: Tensor, *negatives: LogSumExp) -> Tensor:
     """-log softmax of the positive among logsumexps of negatives: log(1 + sum e^(lse - positive)).
 
-    The positive's logits are in base 2, as the logsumexps are. Exact however small the loss:
-    nothing is subtracted from the positive's own share. A side without negatives adds nothing.
+    Exact however small the loss: nothing is subtracted from the positive's own share. A side
+    without negatives adds nothing.
     """
     # 0, and NaN where the positive is infinite, as eager gives. Detached: as gradients, 1 - 1 would
     # swallow the digits of a small one.
     loss = (positive - positive).detach()
     for lse in negatives:
-        loss = torch.logaddexp2(loss, lse.minus(positive))
-    return loss * LN2
+        loss = torch.logaddexp(loss, lse.minus(positive))
+    return loss
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastcl import reference
 from fastcl.functional.clip import clip_loss
 from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
-from fastcl.kernels.tiles import LN2
 from fastcl.similarity.inputs import (
     SUPPORTED,
     check_choice,
@@ -118,7 +117,7 @@ def info_nce(
         return similarity_weighted_logsumexp(query, positive_key, scale=scale, **how)
     if not in_batch and negative_mode == "unpaired" and reduction != "none":
         assert negative_keys is not None
-        positive = pair_logits(query, positive_key, scale) * LN2
+        positive = pair_logits(query, positive_key, scale)
         # 0, and NaN where the positive is infinite, as eager gives: a bias of -inf drops the row.
         zero = (positive - positive).detach()
         how |= {"row_bias": zero - positive, "add_zero": True, "divisor": divisor}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
 from fastcl.kernels.plan import Chunk, plan_symmetric, plan_tiles
-from fastcl.kernels.tiles import LN2, LOG2E, Pairs, Running, Side, Sums, TileKernels, vector_dtype
+from fastcl.kernels.tiles import Pairs, Running, Side, Sums, TileKernels, vector_dtype
 from fastcl.kernels.walk import (
     Accumulator,
     Products,
@@ -212,7 +212,7 @@ class StreamedPrimitives:
         if not any(needs):
             loss, pairs = self.sigmoid_rows(stream)
             count = paired_rows(stream)
-            positive = _softplus(-_natural(pairs)[:count]).sum() if pairs is not None else 0
+            positive = _softplus(-_wide(pairs)[:count]).sum() if pairs is not None else 0
             return (loss.sum() + positive) / divisor, Gradients()
         maker, pairs = self._maker(stream), new_pairs(stream)
         out = Accumulator(stream, needs, maker.products, store=_stored(stream.u.dtype))
@@ -225,7 +225,7 @@ class StreamedPrimitives:
             total[r.slice] = loss[r.slice]
             if pairs is not None and grad_pairs is not None:
                 here = slice(r.start, min(r.stop, paired_rows(stream)))
-                logits = _natural(pairs[here])
+                logits = _wide(pairs[here])
                 total[here] += _softplus(-logits)
                 grad_pairs[here] = -torch.exp(-_softplus(logits)) / divisor  # -sigmoid(-logit)
             out.finish_rows(r, du, grad_pairs)
@@ -270,24 +270,24 @@ class _Rows:
         """Values and gradient of these rows from their statistics; returns their side of G."""
         running, weights = self.running[rows], self.weights[rows]
         if self.pairs is None and not self.add_zero:
-            log2 = running.log2()
-            grad = torch.where(log2 == -torch.inf, torch.zeros_like(weights), weights)
+            log = running.log()
+            grad = torch.where(log == -torch.inf, torch.zeros_like(weights), weights)
         else:
             positive = self._positives(rows)
-            margin = running.log2(minus=positive)
+            margin = running.log(minus=positive)
             zero = (positive - positive).to(margin.dtype)  # NaN where the positive is infinite
-            log2 = torch.logaddexp2(margin, zero)
-            grad = weights * torch.exp2(margin - log2)
-        self.values[rows], self.grad_logits[rows] = log2 * LN2, grad
+            log = torch.logaddexp(margin, zero)
+            grad = weights * torch.exp(margin - log)
+        self.values[rows], self.grad_logits[rows] = log, grad
         return running.side(grad)
 
     def _positives(self, rows: slice) -> Tensor:
-        """In base 2, the logits against which the rows stand: the pairs', or minus the bias."""
+        """The logits against which the rows stand: the pairs', or minus the bias."""
         if self.pairs is not None:
             return self.pairs.logits[rows]
         if self.row_bias is None:
             return torch.zeros_like(self.weights[rows])
-        return -self.row_bias[rows].to(self.weights.dtype) * LOG2E
+        return -self.row_bias[rows].to(self.weights.dtype)
 
 
 def _running(lines: Tensor) -> Running:
@@ -309,9 +309,9 @@ def _pairs_only(maker: TileMaker, out: Accumulator, grad_pairs: Tensor | None) -
         out.finish_rows(r, out.row_chunk(r), grad_pairs)
 
 
-def _natural(pairs: Pairs) -> Tensor:
-    """The pairs' logits in base e."""
-    return pairs.logits.to(vector_dtype(pairs.logits)) * LN2
+def _wide(pairs: Pairs) -> Tensor:
+    """The pairs' logits in float64."""
+    return pairs.logits.to(vector_dtype(pairs.logits))
 
 
 def _softplus(x: Tensor) -> Tensor:

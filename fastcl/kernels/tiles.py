@@ -1,21 +1,16 @@
 """What runs on one tile, and the portable version of it in plain PyTorch.
 
-The same five functions exist compiled (:mod:`fastcl.kernels.cpu`). A tile is a block of raw
-similarities; all exponentials are taken in base 2 (l = logits * log2 e), so that one multiplication
-folds the scale in.
+The same functions exist compiled (:mod:`fastcl.kernels.cpu`). A tile is a block of raw similarities
+s; its logits are l = scale s + biases, -inf where a pair is dropped.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the stream left out, one per row: raw similarities, and logits in base 2."""
+    """What the stream left out, one per row: raw similarities, and logits."""
 
     s: Tensor
     logits: Tensor
@@ -51,7 +46,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Running:
-    """A running logsumexp for each line, in the log2 domain: value = max + log2(sum)."""
+    """A running logsumexp for each line: value = max + log(sum)."""
 
     max: Tensor
     sum: Tensor
@@ -59,8 +54,8 @@ class Running:
     def __getitem__(self, lines: slice) -> Running:
         return Running(self.max[lines], self.sum[lines])
 
-    def log2(self, minus: Tensor | None = None) -> Tensor:
-        """The logsumexp in base 2, -inf for an empty line; `minus` is taken off before rounding.
+    def log(self, minus: Tensor | None = None) -> Tensor:
+        """The logsumexp, -inf for an empty line; `minus` is taken off before rounding.
 
         In float64 where the device has it: maximum and sum may differ in magnitude by the digits
         that a small loss consists of.
@@ -69,7 +64,7 @@ class Running:
         top = self.max.to(dtype)
         if minus is not None:
             top = top - minus.to(dtype)
-        return top + self.sum.to(dtype).log2()
+        return top + self.sum.to(dtype).log()
 
     def side(self, gradient: Tensor) -> Side:
         """The side of G that these lines give, whose logsumexps have that gradient."""
@@ -80,7 +75,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of G_ij = sum over sides of weight * 2^(l_ij - max); see Running.side."""
+    """One side of G_ij = sum over sides of weight * e^(l_ij - max); see Running.side."""
 
     max: Tensor
     weight: Tensor
@@ -113,7 +108,7 @@ class Sums:
 
 
 class TileKernels(Protocol):
-    """The five functions. All write into what they are given; G and P overwrite ``tile.s``."""
+    """The functions. All write into what they are given; G and P overwrite ``tile.s``."""
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
         """Adds the tile to the running logsumexps of its rows, its columns, or both."""
@@ -124,7 +119,7 @@ class TileKernels(Protocol):
         """s <- scale_i G_ij."""
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
-        """s <- 2^(l - new max); rescale <- 2^(old max - new max); row_es accumulates sum_j p s."""
+        """s <- e^(l - new max); rescale <- e^(old max - new max); row_es accumulates sum_j p s."""
 
     def sigmoid(
         self,
@@ -141,12 +136,12 @@ def _line(x: Tensor) -> Tensor:
     return x.reshape(-1, 1)
 
 
-def _log2_logits(tile: Tile) -> Tensor:
-    logits = tile.s * (_line(tile.scale) * LOG2E)
+def _logits(tile: Tile) -> Tensor:
+    logits = tile.s * _line(tile.scale)
     if tile.row_bias is not None:
-        logits += _line(tile.row_bias) * LOG2E
+        logits += _line(tile.row_bias)
     if tile.col_bias is not None:
-        logits += tile.col_bias * LOG2E
+        logits += tile.col_bias
     if tile.diagonal is not None and -tile.s.shape[0] < tile.diagonal < tile.s.shape[1]:
         dropped = torch.diagonal(logits, tile.diagonal)
         if tile.pairs is not None:
@@ -175,33 +170,33 @@ class TorchTiles:
     """The tile functions in plain PyTorch: any device, no compiler."""
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
-        logits = _log2_logits(tile)
+        logits = _logits(tile)
         for running, dim in ((rows, 1), (cols, 0)):
             if running is None:
                 continue
             new_max = torch.maximum(running.max, logits.amax(dim=dim))
             ref = _finite_or_zero(new_max)
-            here = torch.exp2(logits - ref.unsqueeze(dim)).sum(dim=dim)
-            running.sum.mul_(torch.exp2(running.max - ref)).add_(here)
+            here = torch.exp(logits - ref.unsqueeze(dim)).sum(dim=dim)
+            running.sum.mul_(torch.exp(running.max - ref)).add_(here)
             running.max.copy_(new_max)
 
     def softmax_gradient(
         self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
     ) -> None:
-        logits = _log2_logits(tile)
+        logits = _logits(tile)
         g = torch.zeros_like(logits)
         if rows is not None:
-            g += torch.exp2(logits - _line(_finite_or_zero(rows.max))) * _line(rows.weight)
+            g += torch.exp(logits - _line(_finite_or_zero(rows.max))) * _line(rows.weight)
         if cols is not None:
-            g += torch.exp2(logits - _finite_or_zero(cols.max)) * cols.weight
+            g += torch.exp(logits - _finite_or_zero(cols.max)) * cols.weight
         self._finish(tile, g, sums)
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
-        logits = _log2_logits(tile)
+        logits = _logits(tile)
         new_max = torch.maximum(rows.max, logits.amax(dim=1))
         ref = _finite_or_zero(new_max)
-        e = torch.exp2(logits - _line(ref))
-        rescale.copy_(torch.exp2(rows.max - ref))
+        e = torch.exp(logits - _line(ref))
+        rescale.copy_(torch.exp(rows.max - ref))
         rows.sum.mul_(rescale).add_(e.sum(dim=1))
         row_es.mul_(rescale).add_((e * tile.s).sum(dim=1))
         rows.max.copy_(new_max)
@@ -216,12 +211,12 @@ class TorchTiles:
         gradient: bool,
         sums: Sums,
     ) -> None:
-        logits = _log2_logits(tile)
+        logits = _logits(tile)
         if row_loss is not None:
-            tails = torch.log1p(torch.exp2(-logits.abs()))
-            row_loss.add_((logits.clamp_min(0) * LN2 + tails).sum(dim=1))
+            tails = torch.log1p(torch.exp(-logits.abs()))
+            row_loss.add_((logits.clamp_min(0) + tails).sum(dim=1))
         if gradient:
-            g = torch.sigmoid(logits * LN2)
+            g = torch.sigmoid(logits)
             if row_weight is not None:
                 g *= _line(row_weight)
             self._finish(tile, g, sums)

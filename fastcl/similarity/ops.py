@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
-from fastcl.kernels.tiles import LN2, LOG2E, Pairs, Running, vector_dtype
+from fastcl.kernels.tiles import Pairs, Running, vector_dtype
 
 # The arguments that describe a stream lead every operator, in this order.
 _STREAM = (
@@ -107,15 +107,15 @@ def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | No
 
 # ---- logsumexp by rows, by columns, or both ---------------------------------------------------
 #
-# In base 2, and in two parts: log2 sum_j 2^(l_ij - max_i) is the differentiable output, the maximum
-# is kept beside it. Their sum would round away what a small loss consists of.
+# In two parts: log sum_j e^(l_ij - max_i) is the differentiable output, the maximum is kept beside
+# it. Their sum would round away what a small loss consists of.
 
 
 def _logsumexp_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, (rows, cols) = _unpack(args)
     of_rows, of_cols, pairs = backend.logsumexp(stream, rows, cols)
     dtype, count = vector_dtype(stream.scale), _diagonal_length(stream.u, stream.v, stream.diagonal)
-    rest = [None if x is None else x.sum.to(dtype).log2() for x in (of_rows, of_cols)]
+    rest = [None if x is None else x.sum.to(dtype).log() for x in (of_rows, of_cols)]
     logits = None if pairs is None else pairs.logits[:count].to(dtype)
     kept = [x for line in (of_rows, of_cols) for x in _parts(line)]
     kept.append(None if pairs is None else pairs.s)
@@ -156,8 +156,7 @@ def _logsumexp_backward_body(*args: Any) -> tuple[Tensor, ...]:
         Running(col_max, col_sum) if len(col_max) else None,
         Pairs(pair_s, pair_s) if len(pair_s) else None,
     )
-    natural = LineGradients(*(None if g is None else g * LOG2E for g in grads))
-    gradients = backend.logsumexp_backward(stream, statistics, natural, Needs(*needs))
+    gradients = backend.logsumexp_backward(stream, statistics, LineGradients(*grads), Needs(*needs))
     return _filled(gradients, stream.scale)
 
 
@@ -333,7 +332,7 @@ def _sigmoid_rows_body(*args: Any) -> tuple[Tensor, ...]:
     if pairs is None:
         return rows, *(_or_empty(None, stream.scale) for _ in range(2))
     count = _diagonal_length(stream.u, stream.v, stream.diagonal)
-    return rows, pairs.logits[:count].to(rows.dtype) * LN2, pairs.s
+    return rows, pairs.logits[:count].to(rows.dtype), pairs.s
 
 
 def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastcl import reference
 from fastcl.kernels import dispatch
-from fastcl.kernels.tiles import LN2, LOG2E
 from fastcl.similarity import ops
 from fastcl.similarity.inputs import (
     check_choice,
@@ -100,7 +99,7 @@ def _arguments(
 
 
 class LogSumExp(NamedTuple):
-    """Logsumexps in base 2, in two parts: the largest logits, and the rest above them.
+    """Logsumexps in two parts: the largest logits, and the rest above them.
 
     In float64 (where the device has it). Apart, because their sum would round away what a small
     loss consists of; `top` carries no gradient.
@@ -110,22 +109,22 @@ class LogSumExp(NamedTuple):
     rest: Tensor
 
     def minus(self, logits: Tensor) -> Tensor:
-        """Relative to logits in base 2: exact where they are close to the top."""
+        """Relative to these logits: exact where they are close to the top."""
         return (self.top - logits) + self.rest
 
-    def natural(self) -> Tensor:
-        """The logsumexps in base e."""
-        return (self.top + self.rest) * LN2
+    def whole(self) -> Tensor:
+        """The logsumexps as one number each."""
+        return self.top + self.rest
 
     @staticmethod
     def of(logits: Tensor) -> LogSumExp:
-        """Of the rows of a matrix of logits in base 2, which is there anyway."""
+        """Of the rows of a matrix of logits, which is there anyway."""
         top = logits.detach().amax(dim=1)
-        return LogSumExp(top, torch.exp2(logits - top[:, None]).sum(dim=1).log2())
+        return LogSumExp(top, torch.exp(logits - top[:, None]).sum(dim=1).log())
 
 
 class Statistics(NamedTuple):
-    """What one pass over the matrix yields, in base 2; empty tensors where not asked for."""
+    """What one pass over the matrix yields; empty tensors where not asked for."""
 
     rows: LogSumExp
     cols: LogSumExp
@@ -176,10 +175,10 @@ def is_reference(backend: str, like: Tensor) -> bool:
 
 
 def pair_logits(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """Logits in base 2 of each query with its own key [N, D], or with its own keys [N, M, D]."""
+    """Logits of each query with its own key [N, D], or with its own keys [N, M, D]."""
     check_transforms(query, keys, scale)
     similarities: Tensor = ops.pair_similarity(query, keys)
-    return scale.to(similarities.dtype) * LOG2E * similarities
+    return scale.to(similarities.dtype) * similarities
 
 
 def similarity_logsumexp(
@@ -274,9 +273,9 @@ def similarity_logsumexp(
         backend=backend,
         workspace=workspace,
     )
-    rows, cols = statistics.rows.natural(), statistics.cols.natural()
+    rows, cols = statistics.rows.whole(), statistics.cols.whole()
     if diag_bias is not None:
-        logits = statistics.positives * LN2
+        logits = statistics.positives
         if v is None and col_ids is None:
             col_ids = row_ids
         dropped = _dropped_by_id(logits, row_ids, col_ids)

@@ -12,7 +12,6 @@ from fastcl.kernels.tiles import Pairs, Running, Side, Sums, Tile
 
 UNTOUCHED = 12345.0
 LONG = np.longdouble
-LOG2E = 1 / np.log(LONG(2))
 
 
 class Options(NamedTuple):
@@ -88,8 +87,8 @@ class Given:
         top = 4 * self.before[lines] - 2
         return Running(top, 1 + self.before[lines])
 
-    def log2_logits(self, masked: bool = True) -> np.ndarray:
-        """The logits in base 2, -inf where a pair is dropped."""
+    def logits(self, masked: bool = True) -> np.ndarray:
+        """The logits, -inf where a pair is dropped."""
         s, scale = (x.numpy().astype(LONG) for x in (self.s, self.scale))
         logits = s * scale[:, None]
         if self.row_bias is not None:
@@ -97,22 +96,22 @@ class Given:
         if self.col_bias is not None:
             logits += self.col_bias.numpy().astype(LONG)
         if not masked:
-            return logits * LOG2E
+            return logits
         rows, cols = np.arange(s.shape[0])[:, None], np.arange(s.shape[1])
         if self.options.diagonal is not None:
             logits[cols == rows + self.options.diagonal] = -np.inf
         if self.row_ids is not None and self.col_ids is not None:
             logits[self.row_ids.numpy()[:, None] == self.col_ids.numpy()] = -np.inf
-        return logits * LOG2E
+        return logits
 
-    def log2_logits_magnitude(self) -> float:
+    def magnitude(self) -> float:
         """The largest logit: its rounding is a factor of every exponential."""
-        return float(abs(self.log2_logits(masked=False)).max())
+        return float(abs(self.logits(masked=False)).max())
 
     def side(self, axis: int) -> Side:
         """A side of G: maxima no less than any logit of the line, as statistics leave them."""
         lines = self.s.shape[1 - axis]
-        top = self.log2_logits().max(axis=axis).astype(np.float64)
+        top = self.logits().max(axis=axis).astype(np.float64)
         return Side(torch.from_numpy(top).to(self.dtype), self.before[lines].clone())
 
     def start(self, lines: int, wanted: bool = True) -> Tensor | None:
@@ -124,12 +123,12 @@ class Given:
         return Sums(*(self.start(n, w) for n, w in zip((rows, rows, cols), self.sums, strict=True)))
 
 
-def logsumexp2(logits: np.ndarray, axis: int) -> np.ndarray:
-    """In base 2; -inf for an empty line."""
+def logsumexp(logits: np.ndarray, axis: int) -> np.ndarray:
+    """-inf for an empty line."""
     top = logits.max(axis=axis, keepdims=True)
     ref = np.where(np.isneginf(top), LONG(0), top)
     with np.errstate(divide="ignore"):
-        return (np.log2(np.exp2(logits - ref).sum(axis=axis, keepdims=True)) + ref).squeeze(axis)
+        return (np.log(np.exp(logits - ref).sum(axis=axis, keepdims=True)) + ref).squeeze(axis)
 
 
 def _checked(tile: Tile) -> Tensor:
@@ -155,7 +154,7 @@ def statistics(kernels: Any, given: Given) -> dict[str, Tensor]:
     kernels.softmax_statistics(tile, lines.get("rows"), lines.get("cols"))
     assert torch.equal(_checked(tile), given.s), "statistics leave the tile as it is"
     # In the kernel's dtype, as the rule counts its ulps; the two parts are added in float64.
-    return {name: running.log2().to(given.dtype) for name, running in lines.items()}
+    return {name: running.log().to(given.dtype) for name, running in lines.items()}
 
 
 def gradient(kernels: Any, given: Given) -> dict[str, Tensor]:
@@ -179,7 +178,7 @@ def online(kernels: Any, given: Given) -> dict[str, Tensor]:
         "p": _checked(tile) / total[:, None],
         "mean": es / total,
         "share of the old": old * rescale / total,
-        "logsumexp": running.log2().to(given.dtype),
+        "logsumexp": running.log().to(given.dtype),
     }
 
 
@@ -209,18 +208,18 @@ def _with_sums(given: Given, g: np.ndarray) -> dict[str, np.ndarray]:
 
 def truth(given: Given, name: str) -> dict[str, np.ndarray]:
     """What the run of that name should give."""
-    logits, (n, m) = given.log2_logits(), given.s.shape
+    logits, (n, m) = given.logits(), given.s.shape
     if name == "gradient":
         g = np.zeros_like(logits)
         for axis in [1] * (given.sides != "cols") + [0] * (given.sides != "rows"):
             side = given.side(axis)
             top = np.where(np.isneginf(_long(side.max)), LONG(0), _long(side.max))
-            g += np.expand_dims(_long(side.weight), axis) * np.exp2(
+            g += np.expand_dims(_long(side.weight), axis) * np.exp(
                 logits - np.expand_dims(top, axis)
             )
         return _with_sums(given, g)
     if name == "sigmoid":
-        natural = logits / LOG2E
+        natural = logits
         weighted = _long(given.before[n])[:, None] / (1 + np.exp(-natural))
         loss = np.logaddexp(natural, LONG(0)).sum(axis=1) + _long(given.start(n))
         return {"loss": loss, **_with_sums(given, weighted)}
@@ -228,17 +227,17 @@ def truth(given: Given, name: str) -> dict[str, np.ndarray]:
     for line, size, axis in (("rows", n, 1), ("cols", m, 0)):
         old = given.running(size)
         with np.errstate(divide="ignore"):
-            before = _long(old.max) + np.log2(_long(old.sum))
-        right[line] = logsumexp2(np.stack([before, logsumexp2(logits, axis)]), 0)
+            before = _long(old.max) + np.log(_long(old.sum))
+        right[line] = logsumexp(np.stack([before, logsumexp(logits, axis)]), 0)
         if line == "rows":
             before_rows = before
     if name == "statistics":
         return {k: x for k, x in right.items() if given.sides in (k, "both")}
     ref = np.where(np.isneginf(right["rows"]), LONG(0), right["rows"])
-    p = np.exp2(logits - ref[:, None])
+    p = np.exp(logits - ref[:, None])
     return {
         "p": p,
         "mean": (p * _long(given.s)).sum(axis=1),
-        "share of the old": np.exp2(before_rows - ref),
+        "share of the old": np.exp(before_rows - ref),
         "logsumexp": right["rows"],
     }

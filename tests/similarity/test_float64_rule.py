@@ -14,4 +14,4 @@ from tests.rule import check_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PRIMITIVES, ids=str)
 def test_statistics_and_gradients(case: Case, dtype: torch.dtype, regime: Regime) -> None:
-    check_rule(case, dtype, regime.tensors(case), *regime.ways)
+    check_rule(case, dtype, regime.tensors(case), *regime.ways, apart=regime.apart)
