@@ -12,8 +12,8 @@ its own largest element, so that one draw does not stand for all.
 eager's plus 4 ulp, an ulp being that of the returned dtype at the largest magnitude of the true
 tensor. Where eager is NaN or infinite, anything finite. In 16 bits, half an ulp and 4 ulp of
 float32 are always allowed: it is what rounding a float32 result to the returned dtype costs, and
-where eager has less it is because that dtype happens to hold the true number (powers of two), or because the
-tensor is float32 for us and 16 bits for eager.
+where eager has less it is because that dtype happens to hold the true number (powers of two), or
+because the tensor is float32 for us and 16 bits for eager.
 
 **The truth** is `tests.exact` on the inputs as they were rounded: the reference's formulas in more
 than float64, without which float64 itself could not be measured. tests/test_exact.py compares
