@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcl.similarity.inputs import accumulation_dtype, check_choice
+from fastcl.kernels.dtypes import accumulation_dtype
+from fastcl.similarity.inputs import check_choice
 from fastcl.similarity.primitives import LogSumExp
 
 Reduction = Literal["mean", "sum", "none"]
@@ -22,7 +23,7 @@ def reduce(values: Tensor, reduction: Reduction, like: Tensor) -> Tensor:
         values = values.mean()
     elif reduction == "sum":
         values = values.sum()
-    return values.to(accumulation_dtype(like))
+    return values.to(accumulation_dtype(like.dtype))
 
 
 def contrast(positive: Tensor, *negatives: LogSumExp) -> Tensor:
@@ -41,4 +42,4 @@ def contrast(positive: Tensor, *negatives: LogSumExp) -> Tensor:
 
 def normalized(x: Tensor) -> Tensor:
     """Rows divided by their L2 norm, computed in float32 or wider, in the dtype they came in."""
-    return F.normalize(x.to(accumulation_dtype(x)), dim=-1).to(x.dtype)
+    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)

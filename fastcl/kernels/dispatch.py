@@ -88,7 +88,7 @@ class Backend(Protocol):
     """What a backend offers.
 
     Running statistics are in the accumulation dtype; vectors made of them, weights and incoming
-    gradients of lines are in :func:`fastcl.kernels.tiles.vector_dtype`.
+    gradients of lines are in :func:`fastcl.kernels.dtypes.vector_dtype`.
     """
 
     default_workspace: int

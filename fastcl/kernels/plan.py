@@ -55,6 +55,15 @@ def _chunks(total: int, size: int) -> Iterator[Chunk]:
         yield Chunk(start, min(start + size, total))
 
 
+_STEP_ELEMENTS = 1 << 19  # widened elements that a step of a loop over rows may hold
+
+
+def row_slices(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows, of `width` elements each, whose widened copies stay small."""
+    for chunk in _chunks(rows, max(1, _STEP_ELEMENTS // width)):
+        yield chunk.slice
+
+
 def plan_tiles(
     n: int,
     m: int,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
+from fastcl.kernels.dtypes import accumulation_dtype, stored_dtype, vector_dtype
 from fastcl.kernels.plan import Chunk, plan_symmetric, plan_tiles
-from fastcl.kernels.tiles import Pairs, Running, Side, Sums, TileKernels, vector_dtype
+from fastcl.kernels.tiles import Pairs, Running, Side, Sums, TileKernels
 from fastcl.kernels.walk import (
     Accumulator,
     Products,
     TileMaker,
     TorchProducts,
-    accumulation_dtype,
     new_pairs,
     paired_rows,
 )
@@ -124,7 +124,7 @@ class StreamedPrimitives:
     ) -> tuple[Tensor, Gradients]:
         """(the row values y_i, gradients of sum_i weights_i y_i)."""
         maker = self._maker(stream, keep=any(needs))
-        out = Accumulator(stream, needs, maker.products, store=_stored(stream.u.dtype))
+        out = Accumulator(stream, needs, maker.products, store=stored_dtype(stream.u.dtype))
         rows = _Rows(stream, weights, add_zero)
         if add_zero:  # the bias comes in with the zero, at the end of a row: it rounds no logit
             maker.stream = replace(stream, row_bias=None)
@@ -215,7 +215,7 @@ class StreamedPrimitives:
             positive = _softplus(-_wide(pairs)[:count]).sum() if pairs is not None else 0
             return (loss.sum() + positive) / divisor, Gradients()
         maker, pairs = self._maker(stream), new_pairs(stream)
-        out = Accumulator(stream, needs, maker.products, store=_stored(stream.u.dtype))
+        out = Accumulator(stream, needs, maker.products, store=stored_dtype(stream.u.dtype))
         loss = stream.u.new_zeros(len(stream.u), dtype=maker.dtype)
         weights = torch.full_like(loss, 1.0 / divisor)
         total = torch.zeros_like(loss, dtype=vector_dtype(loss))
@@ -316,8 +316,3 @@ def _wide(pairs: Pairs) -> Tensor:
 
 def _softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """In what a gradient made in the forward waits: float16 could lose or overflow it."""
-    return torch.float32 if dtype == torch.float16 else dtype

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastcl.kernels.dtypes import vector_dtype
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -82,11 +84,6 @@ class Side:
 
     def __getitem__(self, lines: slice) -> Side:
         return Side(self.max[lines], self.weight[lines])
-
-
-def vector_dtype(x: Tensor) -> torch.dtype:
-    """In what vectors of length N are computed: float64, but for devices that have none."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, Needs, Stream
-from fastcl.kernels.plan import Chunk, TilePlan
-from fastcl.kernels.tiles import Pairs, Sums, Tile, vector_dtype
+from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
+from fastcl.kernels.plan import Chunk, TilePlan, row_slices
+from fastcl.kernels.tiles import Pairs, Sums, Tile
 
 
 class Products(Protocol):
@@ -79,11 +80,6 @@ class TorchProducts:
             da.addmm_(g, b)
         if db is not None:
             db.addmm_(g.T, a)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _codes(row_ids: Tensor, col_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -161,16 +157,6 @@ def paired_rows(stream: Stream) -> int:
     if stream.diagonal is None:
         return 0
     return max(0, min(stream.u.shape[0], stream.keys.shape[0] - stream.diagonal))
-
-
-_PAIR_ELEMENTS = 1 << 19  # widened elements that a step of a loop over pairs may hold
-
-
-def _pair_chunks(rows: int, dim: int) -> Iterator[slice]:
-    """Slices of rows whose widened copies stay small."""
-    step = max(1, _PAIR_ELEMENTS // dim)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 @dataclass
@@ -271,7 +257,7 @@ class Accumulator:
         factor = (grad_pairs[start:stop] * _rows_of(self.stream.scale, slice(start, stop))).to(
             self.dtype
         )
-        for part in _pair_chunks(max(0, stop - start), target.shape[1]):
+        for part in row_slices(max(0, stop - start), target.shape[1]):
             here = slice(part.start + start, part.stop + start)
             target[part].addcmul_(factor[part, None], partners[here].to(self.dtype))
 

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl.kernels.dtypes import accumulation_dtype
+
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and losses: float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _shape(x: Tensor) -> str:
@@ -95,7 +92,7 @@ def check_number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 def check_scale(name: str, value: float | Tensor, like: Tensor, *, per_row: bool = True) -> Tensor:
     """A float, a tensor with one element, or (with `per_row`) one number per row of `like`."""
-    dtype = accumulation_dtype(like)
+    dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating-point tensor")
@@ -131,7 +128,7 @@ def check_vector(name: str, value: Tensor | None, length: int, like: Tensor) -> 
     if not isinstance(value, Tensor) or value.shape != (length,) or not value.is_floating_point():
         given = f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else _type(value)
         raise ValueError(f"{name} is {given}; expected a floating-point tensor of shape [{length}]")
-    return value.to(device=like.device, dtype=accumulation_dtype(like))
+    return value.to(device=like.device, dtype=accumulation_dtype(like.dtype))
 
 
 def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ silently wrong. The bodies only unpack arguments, switch autocast off, and call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
-from fastcl.kernels.tiles import Pairs, Running, vector_dtype
+from fastcl.kernels.dtypes import accumulation_dtype, stored_dtype, vector_dtype
+from fastcl.kernels.plan import row_slices
+from fastcl.kernels.tiles import Pairs, Running
 
 # The arguments that describe a stream lead every operator, in this order.
 _STREAM = (
@@ -66,10 +68,6 @@ def _refuse_second_derivative(op: Any) -> None:
     op.register_autograd(backward)
 
 
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """An operator may not return None."""
     return like.new_empty(0) if x is None else x
@@ -81,9 +79,7 @@ def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
 
 def _fake_gradients(args: Sequence[Any], needs: Sequence[bool], stored: bool) -> tuple[Tensor, ...]:
     """Shapes of the five gradients; `stored`: as they wait for the backward."""
-    dtype = args[0].dtype
-    if stored and dtype == torch.float16:
-        dtype = torch.float32
+    dtype = stored_dtype(args[0].dtype) if stored else args[0].dtype
     shapes = []
     for x, wanted in zip(args[:_DIFFERENTIABLE], needs, strict=True):
         embeddings = x is not None and x.dim() == 2
@@ -133,11 +129,11 @@ def _logsumexp_fake(*args: Any) -> tuple[Tensor, ...]:
     pairs = _diagonal_length(u, v, diagonal)
     given = (rows, cols, diagonal is not None)
     values = [
-        u.new_empty(size, dtype=vector_dtype(u) if there else _accumulation(u))
+        u.new_empty(size, dtype=vector_dtype(u) if there else accumulation_dtype(u.dtype))
         for size, there in zip((n, m, pairs), given, strict=True)
     ]
     kept = (n, n, m, m, 0 if diagonal is None else u.shape[0])
-    return (*values, *(u.new_empty(size, dtype=_accumulation(u)) for size in kept))
+    return (*values, *(u.new_empty(size, dtype=accumulation_dtype(u.dtype)) for size in kept))
 
 
 logsumexp = _operator(
@@ -205,9 +201,7 @@ def _scaled_body(
     out = []
     for g in gradients:
         result = torch.empty_like(g, dtype=dtype if g.dim() == 2 else g.dtype)
-        step = max(1, (1 << 19) // max(1, g.shape[1])) if g.dim() == 2 else max(1, g.numel())
-        for start in range(0, g.shape[0] if g.dim() else 1, step):
-            part = (Ellipsis,) if g.dim() == 0 else slice(start, start + step)
+        for part in row_slices(g.shape[0], g.shape[1:].numel()) if g.dim() else [...]:
             result[part] = g[part].to(grad.dtype) * grad
         out.append(result)
     return out
@@ -248,13 +242,13 @@ def _weighted_body(*args: Any) -> tuple[Tensor, ...]:
         weights = stream.u.new_ones(len(stream.u), dtype=vector_dtype(stream.scale))
     weights = weights.to(vector_dtype(stream.scale)) / divisor
     values, gradients = backend.weighted_logsumexp(stream, weights, add_zero, Needs(*needs))
-    total = torch.dot(values, weights).to(_accumulation(stream.u))
+    total = torch.dot(values, weights).to(accumulation_dtype(stream.u.dtype))
     return (total, values / divisor, *_filled(gradients, stream.scale))
 
 
 def _weighted_fake(*args: Any) -> tuple[Tensor, ...]:
     u = args[0]
-    total = u.new_empty((), dtype=_accumulation(u))
+    total = u.new_empty((), dtype=accumulation_dtype(u.dtype))
     values = u.new_empty(u.shape[0], dtype=vector_dtype(u))
     return (total, values, *_fake_gradients(args, args[-1], True))
 
@@ -293,7 +287,7 @@ weighted_logsumexp.register_autograd(_weighted_grad, setup_context=_weighted_set
 def _sigmoid_sum_body(*args: Any) -> tuple[Tensor, ...]:
     backend, stream, (divisor, needs) = _unpack(args)
     total, gradients = backend.sigmoid_sum(stream, divisor, Needs(*needs))
-    return (total.to(_accumulation(stream.u)), *_filled(gradients, stream.scale))
+    return (total.to(accumulation_dtype(stream.u.dtype)), *_filled(gradients, stream.scale))
 
 
 sigmoid_sum = _operator(
@@ -301,7 +295,7 @@ sigmoid_sum = _operator(
     f"({_STREAM}, SymInt divisor, bool[] needs) -> (Tensor, {_GRADIENTS})",
     _sigmoid_sum_body,
     lambda *args: (
-        args[0].new_empty((), dtype=_accumulation(args[0])),
+        args[0].new_empty((), dtype=accumulation_dtype(args[0].dtype)),
         *_fake_gradients(args, args[-1], True),
     ),
 )
@@ -339,9 +333,9 @@ def _sigmoid_rows_fake(*args: Any) -> tuple[Tensor, ...]:
     u, diagonal = args[0], args[7]
     rows = u.new_empty(u.shape[0], dtype=vector_dtype(u))
     if diagonal is None:
-        return rows, *(u.new_empty(0, dtype=_accumulation(u)) for _ in range(2))
+        return rows, *(u.new_empty(0, dtype=accumulation_dtype(u.dtype)) for _ in range(2))
     logits = u.new_empty(_diagonal_length(u, args[1], diagonal), dtype=vector_dtype(u))
-    return rows, logits, u.new_empty(u.shape[0], dtype=_accumulation(u))
+    return rows, logits, u.new_empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
 
 
 sigmoid_rows = _operator(
@@ -386,15 +380,14 @@ sigmoid_rows.register_autograd(
 # ---- pairs of rows ----------------------------------------------------------------------------
 
 
-def _pair_chunks(keys: Tensor) -> list[slice]:
-    step = max(1, (1 << 19) // max(1, keys[0].numel()))
-    return [slice(i, i + step) for i in range(0, keys.shape[0], step)]
+def _pair_slices(keys: Tensor) -> Iterator[slice]:
+    return row_slices(keys.shape[0], keys[0].numel())
 
 
 def _pair_body(query: Tensor, keys: Tensor) -> Tensor:
     dtype = vector_dtype(query)
     out = query.new_empty(keys.shape[:-1], dtype=dtype)
-    for part in _pair_chunks(keys):
+    for part in _pair_slices(keys):
         q = query[part].to(dtype)
         out[part] = (keys[part].to(dtype) * (q if keys.dim() == 2 else q[:, None])).sum(dim=-1)
     return out
@@ -413,7 +406,7 @@ def _pair_backward_body(
 ) -> tuple[Tensor, Tensor]:
     dq = torch.empty_like(query) if needs[0] else query.new_empty(0)
     dk = torch.empty_like(keys) if needs[1] else query.new_empty(0)
-    for part in _pair_chunks(keys):
+    for part in _pair_slices(keys):
         g = grad[part, ..., None]
         q = query[part].to(grad.dtype)
         if needs[0]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcl import reference
 from fastcl.kernels import dispatch
+from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.similarity import ops
 from fastcl.similarity.inputs import (
     check_choice,
@@ -284,8 +285,7 @@ def similarity_logsumexp(
         logits = (logits + bias).masked_fill(dropped, -torch.inf)
         rows = _put_back(rows, logits) if dim != "cols" else rows
         cols = _put_back(cols, logits) if dim != "rows" else cols
-    double = torch.float64 in (u.dtype, u.dtype if v is None else v.dtype)
-    dtype = torch.float64 if double else torch.float32
+    dtype = accumulation_dtype(args.u.dtype)
     if dim == "both":
         return rows.to(dtype), cols.to(dtype)
     return (rows if dim == "rows" else cols).to(dtype)
