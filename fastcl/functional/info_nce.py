@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from fastcl import reference
 from fastcl.functional.clip import clip_loss
 from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
 from fastcl.similarity.inputs import (
-    SUPPORTED,
     check_choice,
+    check_device,
+    check_dtype,
     check_embeddings,
     check_ids,
     check_paired,
     check_temperature,
+    promoted,
 )
 from fastcl.similarity.primitives import (
     LogSumExp,
@@ -161,7 +162,7 @@ def _check_options(
 
 def _check_negatives(
     query: Tensor, positive_key: Tensor, negative_keys: Tensor, mode: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Negatives of the shape that their mode asks for, and all three in one dtype."""
     if not isinstance(negative_keys, Tensor):
         raise TypeError(f"negative_keys must be a tensor, not {type(negative_keys).__name__}")
@@ -171,10 +172,7 @@ def _check_negatives(
                 f"negative_keys has shape {list(negative_keys.shape)}; expected [M, D]. Pass "
                 'negative_mode="paired" for [N, M, D], each query its own negatives'
             )
-        query, positive_key, negative_keys = check_embeddings(
-            query=query, positive_key=positive_key, negative_keys=negative_keys
-        )
-        return query, positive_key, negative_keys
+        return check_embeddings(query=query, positive_key=positive_key, negative_keys=negative_keys)
     n, d = query.shape
     if negative_keys.dim() != 3 or negative_keys.shape[0] != n or negative_keys.shape[2] != d:
         raise ValueError(
@@ -183,12 +181,6 @@ def _check_negatives(
         )
     if negative_keys.shape[1] == 0:
         raise ValueError("negative_keys has no negatives (M = 0); pass None for in-batch negatives")
-    if negative_keys.dtype not in SUPPORTED:
-        raise TypeError(f"negative_keys has dtype {negative_keys.dtype}; expected a floating dtype")
-    if negative_keys.device != query.device:
-        raise ValueError(
-            f"query is on {query.device} and negative_keys on {negative_keys.device}: move them to "
-            "one device"
-        )
-    dtype = torch.promote_types(query.dtype, negative_keys.dtype)
-    return query.to(dtype), positive_key.to(dtype), negative_keys.to(dtype)
+    check_dtype("negative_keys", negative_keys)
+    check_device(query=query, negative_keys=negative_keys)
+    return promoted(query, positive_key, negative_keys)

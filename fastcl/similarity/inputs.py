@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,11 +33,7 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
                 f"{name} has shape {_shape(x)}; expected [N, D], one embedding per row"
                 + (" (flatten the leading dimensions first)" if x.dim() > 2 else "")
             )
-        if x.dtype not in SUPPORTED:
-            raise TypeError(
-                f"{name} has dtype {x.dtype}; expected one of "
-                + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED)
-            )
+        check_dtype(name, x)
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(
                 f"{name} is empty (shape {_shape(x)}): a contrastive loss needs at least one row "
@@ -49,13 +46,31 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
                 f"{names[0]} has dimension {first.shape[1]} and {name} has {x.shape[1]}: "
                 "embeddings that are compared must have the same dimension D"
             )
-        if x.device != first.device:
-            raise ValueError(
-                f"{names[0]} is on {first.device} and {name} on {x.device}: move them to one device"
-            )
-    dtype = first.dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+        check_device(**{names[0]: first, name: x})
+    return promoted(*tensors)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """A dtype that embeddings may have."""
+    if x.dtype not in SUPPORTED:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected one of "
+            + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED)
+        )
+
+
+def check_device(**named: Tensor) -> None:
+    """Two tensors on one device."""
+    (name_a, a), (name_b, b) = named.items()
+    if a.device != b.device:
+        raise ValueError(
+            f"{name_a} is on {a.device} and {name_b} on {b.device}: move them to one device"
+        )
+
+
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """All in the dtype that PyTorch promotes them to."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
 
 

@@ -43,7 +43,12 @@ def info_nce(*args: Any, **options: Any) -> Tensor:
             ValueError,
             r"no negatives \(M = 0\)",
         ),
-        ((torch.ones(4, 2, 3).int(),), {"negative_mode": "paired"}, TypeError, "int32"),
+        (
+            (torch.ones(4, 2, 3).int(),),
+            {"negative_mode": "paired"},
+            TypeError,
+            "negative_keys has dtype torch.int32; expected one of float32, bfloat16",
+        ),
         (
             (torch.ones(4, 2, 3, device="meta"),),
             {"negative_mode": "paired"},
