@@ -161,6 +161,18 @@ def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tenso
     return ids.to(device=like.device, dtype=torch.int64)
 
 
+def check_diagonal(name: str, diagonal: int | None, columns: int) -> None:
+    """The column of row 0's pair, or None."""
+    if diagonal is None:
+        return
+    if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int or None, not {_type(diagonal)}")
+    if diagonal < 0 or diagonal >= columns:
+        raise ValueError(
+            f"{name} is {diagonal}; expected 0 to {columns - 1}, the column of row 0's pair"
+        )
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """One of a few words."""
     if value not in choices:

@@ -13,6 +13,7 @@ from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.similarity import ops
 from fastcl.similarity.inputs import (
     check_choice,
+    check_diagonal,
     check_divisor,
     check_embeddings,
     check_ids,
@@ -53,11 +54,14 @@ def _arguments(
     col_bias: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    diagonal: int | None,
     backend: str,
     workspace: int | None,
+    *,
     mirrored: bool = False,
+    **named: int | None,
 ) -> _Arguments:
+    """A stream's arguments, checked; its diagonal by the name that the user knows it by."""
+    ((diagonal_name, diagonal),) = named.items()
     own_ids = col_ids is not None and col_ids is not row_ids
     if v is None:
         (u,) = check_embeddings(u=u)
@@ -68,13 +72,7 @@ def _arguments(
     if (row_ids is None) != (col_ids is None):
         given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
         raise ValueError(f"{given} is given without {missing}: ids of both sides are compared")
-    if diagonal is not None:
-        if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
-            raise TypeError(f"mask_diagonal must be an int or None, not {type(diagonal).__name__}")
-        if diagonal < 0 or diagonal >= m:
-            raise ValueError(
-                f"mask_diagonal is {diagonal}; expected 0 to {m - 1}, the column of row 0's pair"
-            )
+    check_diagonal(diagonal_name, diagonal, m)
     scale = check_scale("scale", scale, u)
     row_bias = check_vector("row_bias", row_bias, n, u)
     col_bias = check_vector("col_bias", col_bias, m, u)
@@ -157,7 +155,17 @@ def pair_statistics(
     """
     check_choice("dim", dim, ("rows", "cols", "both"))
     args = _arguments(
-        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace, mirrored
+        u,
+        v,
+        scale,
+        row_bias,
+        col_bias,
+        row_ids,
+        col_ids,
+        backend,
+        workspace,
+        positives=positives,
+        mirrored=mirrored,
     )
     rows, cols = dim != "cols", dim != "rows"
     if args.v is None:  # symmetric: the columns are the rows
@@ -246,7 +254,7 @@ def similarity_logsumexp(
             "diag_bias and mask_diagonal cannot be given together; drop pairs by id instead"
         )
     args = _arguments(
-        u, v, scale, row_bias, col_bias, row_ids, col_ids, bias_at, backend, workspace
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, backend, workspace, mask_diagonal=bias_at
     )
     if args.backend == dispatch.REFERENCE:
         return reference.similarity_logsumexp(
@@ -363,7 +371,7 @@ def similarity_weighted_logsumexp(
     if v is None:
         raise TypeError("v must be a tensor [M, D]; similarity_logsumexp serves v = u")
     args = _arguments(
-        u, v, scale, row_bias, col_bias, row_ids, col_ids, positives, backend, workspace
+        u, v, scale, row_bias, col_bias, row_ids, col_ids, backend, workspace, positives=positives
     )
     if positives is not None:
         if row_bias is not None:
@@ -452,7 +460,9 @@ def similarity_sigmoid(
     u, v = check_embeddings(u=u, v=v)
     all_bias = check_number("bias", bias, u)
     extra = check_vector("row_bias", row_bias, u.shape[0], u)
-    args = _arguments(u, v, scale, None, col_bias, row_ids, col_ids, positives, backend, workspace)
+    args = _arguments(
+        u, v, scale, None, col_bias, row_ids, col_ids, backend, workspace, positives=positives
+    )
     # A bias for all pairs is a row bias with one element.
     args = args._replace(row_bias=all_bias if extra is None else all_bias + extra)
     if args.backend == dispatch.REFERENCE:
