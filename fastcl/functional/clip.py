@@ -13,7 +13,7 @@ from fastcl.similarity.inputs import (
     check_number,
     check_paired,
 )
-from fastcl.similarity.primitives import is_reference, pair_statistics
+from fastcl.similarity.statistics import is_reference, pair_statistics
 
 
 def clip_loss(

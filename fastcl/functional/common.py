@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.similarity.inputs import check_choice
-from fastcl.similarity.primitives import LogSumExp
+from fastcl.similarity.statistics import LogSumExp
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")

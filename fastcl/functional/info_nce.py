@@ -9,6 +9,7 @@ from torch import Tensor
 from fastcl import reference
 from fastcl.functional.clip import clip_loss
 from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.similarity import similarity_weighted_logsumexp
 from fastcl.similarity.inputs import (
     check_choice,
     check_device,
@@ -19,13 +20,7 @@ from fastcl.similarity.inputs import (
     check_temperature,
     promoted,
 )
-from fastcl.similarity.primitives import (
-    LogSumExp,
-    is_reference,
-    pair_logits,
-    pair_statistics,
-    similarity_weighted_logsumexp,
-)
+from fastcl.similarity.statistics import LogSumExp, is_reference, pair_logits, pair_statistics
 
 
 def info_nce(

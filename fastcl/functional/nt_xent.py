@@ -16,7 +16,7 @@ from fastcl.similarity.inputs import (
     check_paired,
     check_temperature,
 )
-from fastcl.similarity.primitives import is_reference, pair_statistics
+from fastcl.similarity.statistics import is_reference, pair_statistics
 
 
 def nt_xent(

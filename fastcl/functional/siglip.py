@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastcl import reference
 from fastcl.functional.common import REDUCTIONS, Reduction, normalized
+from fastcl.similarity import similarity_sigmoid
 from fastcl.similarity.inputs import (
     check_choice,
     check_embeddings,
@@ -15,7 +16,7 @@ from fastcl.similarity.inputs import (
     check_number,
     check_paired,
 )
-from fastcl.similarity.primitives import is_reference, similarity_sigmoid
+from fastcl.similarity.statistics import is_reference
 
 
 def siglip_loss(

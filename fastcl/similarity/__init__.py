@@ -1,11 +1,9 @@
 """The streamed primitives, their operators and what they accept."""
 
-from fastcl.similarity.primitives import (
-    pair_statistics,
-    similarity_logsumexp,
-    similarity_sigmoid,
-    similarity_weighted_logsumexp,
-)
+from fastcl.similarity.logsumexp import similarity_logsumexp
+from fastcl.similarity.sigmoid import similarity_sigmoid
+from fastcl.similarity.statistics import pair_statistics
+from fastcl.similarity.weighted_logsumexp import similarity_weighted_logsumexp
 
 __all__ = [
     "pair_statistics",
