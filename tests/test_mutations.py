@@ -15,7 +15,7 @@ from fastcl.kernels.dispatch import Gradients
 from fastcl.kernels.streamed import _Rows
 from fastcl.kernels.tiles import Running, Side, Sums, Tile, TorchTiles
 from fastcl.kernels.walk import Accumulator, TileMaker, TorchProducts
-from fastcl.similarity import ops
+from fastcl.similarity.ops import sums
 from tests.cases import ALL
 from tests.rule import cast, measure, truth, violations
 
@@ -176,8 +176,8 @@ def _no_weight_of_the_zero(patch: Patch) -> None:
 
 
 def _incoming_gradient_ignored(patch: Patch) -> None:
-    scaled = ops._scaled
-    patch.setattr(ops, "_scaled", lambda grad, *rest: scaled(torch.ones_like(grad), *rest))
+    scaled = sums.scaled
+    patch.setattr(sums, "scaled", lambda grad, *rest: scaled(torch.ones_like(grad), *rest))
 
 
 @dataclass(frozen=True)

@@ -75,20 +75,20 @@ def test_backward_operators(kind: str, wanted: list[bool], backend: str) -> None
     wanted = [w and x is not None for w, x in zip(wanted, args[:5], strict=True)]
     row_lse, col_lse, pairs, *kept = ops.logsumexp(*args, True, True)
     grads = [torch.randn_like(x) if len(x) else None for x in (row_lse, col_lse, pairs)]
-    torch.library.opcheck(ops._logsumexp_backward, (*args, *kept, *grads, wanted))
+    torch.library.opcheck(ops.logsumexp_backward, (*args, *kept, *grads, wanted))
     loss, pair_logits, *kept = ops.sigmoid_rows(*args)
     grads = [torch.randn_like(x) if len(x) else None for x in (loss, pair_logits)]
-    torch.library.opcheck(ops._sigmoid_rows_backward, (*args, *kept, *grads, wanted))
+    torch.library.opcheck(ops.sigmoid_rows_backward, (*args, *kept, *grads, wanted))
 
 
 def test_vector_operators() -> None:
     made = [rows(4, 3, grad=False), rows(4, grad=False), torch.tensor(2.0)]
     for dtype in (torch.float32, torch.float16):
-        torch.library.opcheck(ops._scaled, (torch.tensor(0.5), made, made, dtype))
+        torch.library.opcheck(ops.scaled, (torch.tensor(0.5), made, made, dtype))
     for keys in (rows(4, 3, grad=False), rows(4, 6, 3, grad=False)):
         args = rows(*keys.shape[:-1], grad=False), rows(4, 3, grad=False), keys
         for wanted in ([True, True], [True, False], [False, True]):
-            torch.library.opcheck(ops._pair_backward, (*args, wanted))
+            torch.library.opcheck(ops.pair_similarity_backward, (*args, wanted))
 
 
 def test_every_operator_is_checked_here() -> None:
