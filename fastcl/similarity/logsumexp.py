@@ -82,6 +82,8 @@ def similarity_logsumexp(
         u, v, scale, row_bias, col_bias, row_ids, col_ids, backend, workspace, mask_diagonal=bias_at
     )
     if args.backend == dispatch.REFERENCE:
+        count = min(len(args.u), len(args.keys))
+        diag_bias = check_vector("diag_bias", diag_bias, count, args.u)
         return reference.similarity_logsumexp(
             args.u, args.v, **args.logits, diag_bias=diag_bias, mask_diagonal=mask_diagonal, dim=dim
         )

@@ -78,8 +78,9 @@ def lse(**changes: Any) -> Any:
 )
 def test_logsumexp_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     lse()  # what is changed is what is refused
-    with pytest.raises(error, match=message):
-        lse(**changes)
+    for backend in ("auto", "reference"):
+        with pytest.raises(error, match=message):
+            lse(**({"backend": backend} | changes))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,9 @@ def test_logsumexp_refuses(changes: dict[str, Any], error: type[Exception], mess
     ],
 )
 def test_weighted_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        fastcl.similarity_weighted_logsumexp(**({"u": U, "v": V} | options))
+    for backend in ("auto", "reference"):
+        with pytest.raises(error, match=message):
+            fastcl.similarity_weighted_logsumexp(**{"u": U, "v": V, "backend": backend} | options)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +117,10 @@ def test_weighted_refuses(options: dict[str, Any], error: type[Exception], messa
     ],
 )
 def test_sigmoid_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        fastcl.similarity_sigmoid(**({"u": U, "v": V, "scale": 1.0, "bias": 0.0} | options))
+    given = {"u": U, "v": V, "scale": 1.0, "bias": 0.0} | options
+    for backend in ("auto", "reference"):
+        with pytest.raises(error, match=message):
+            fastcl.similarity_sigmoid(**given, backend=backend)
 
 
 @pytest.mark.parametrize(
