@@ -11,7 +11,7 @@ from fastcl import reference
 from fastcl.kernels import dispatch
 from fastcl.similarity import ops
 from fastcl.similarity.arguments import check_stream
-from fastcl.similarity.inputs import check_choice, check_divisor, check_number
+from fastcl.similarity.inputs import check_choice, check_divisor, check_number, check_transforms
 
 
 def similarity_sigmoid(
@@ -82,6 +82,7 @@ def similarity_sigmoid(
             reduction=reduction,
             divisor=divisor,
         )
+    check_transforms(bias)
     # A bias for all pairs is a row bias with one element.
     args = args._replace(row_bias=bias if args.row_bias is None else bias + args.row_bias)
     if reduction == "sum":

@@ -8,7 +8,7 @@ from fastcl import reference
 from fastcl.kernels import dispatch
 from fastcl.similarity import ops
 from fastcl.similarity.arguments import check_stream
-from fastcl.similarity.inputs import check_divisor, check_vector
+from fastcl.similarity.inputs import check_divisor, check_transforms, check_vector
 
 
 def similarity_weighted_logsumexp(
@@ -90,5 +90,6 @@ def similarity_weighted_logsumexp(
             add_zero=add_zero,
             divisor=divisor,
         )
+    check_transforms(weights)
     total: Tensor = ops.weighted_logsumexp(*args, weights, divisor, add_zero, args.needs)[0]
     return total

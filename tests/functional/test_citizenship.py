@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -69,12 +70,37 @@ def test_forward_mode_and_transforms_are_refused(loss: Loss) -> None:
         torch.func.grad(lambda a: loss(a, B))(A)
 
 
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda w: fastcl.similarity_weighted_logsumexp(A, B, w), torch.ones(8)),
+        (lambda b: fastcl.similarity_weighted_logsumexp(A, B, col_bias=b), torch.ones(8)),
+        (lambda t: fastcl.similarity_sigmoid(A, B, scale=t, bias=0.0), torch.tensor(1.0)),
+        (lambda b: fastcl.similarity_sigmoid(A, B, scale=1.0, bias=b), torch.tensor(0.0)),
+        (
+            lambda b: fastcl.similarity_sigmoid(A, B, scale=1.0, bias=0.0, row_bias=b),
+            torch.ones(8),
+        ),
+    ],
+)
+def test_forward_mode_is_refused_in_every_argument(function: Any, x: Tensor) -> None:
+    """A tangent that an operator drops would read as a derivative of 0."""
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match='backend="reference"'):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 def test_second_derivative_through_the_weights_is_refused() -> None:
     a, w = A.clone().requires_grad_(), torch.ones(8, dtype=torch.float64, requires_grad=True)
     value = fastcl.similarity_weighted_logsumexp(a, B, w)
     (of_weights,) = torch.autograd.grad(value, w, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="reference"'):
         of_weights.sum().backward()
+    value = fastcl.similarity_weighted_logsumexp(a, B, w)
+    (of_a,) = torch.autograd.grad(value, a, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        torch.autograd.grad(of_a.sum(), w, allow_unused=True)
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -59,6 +59,7 @@ def _save_made(ctx: Any, inputs: Sequence[Any], made: Sequence[Tensor], *more: T
     ctx.set_materialize_grads(False)
     ctx.needs = inputs[-1]
     origins = [x for x, wanted in zip(inputs[:DIFFERENTIABLE], ctx.needs, strict=True) if wanted]
+    origins += [x for x in inputs[STREAM_ARGS:] if isinstance(x, Tensor)]  # weights
     if not origins:
         origins = [inputs[0]]
     ctx.save_for_backward(*made, *more, *origins)
