@@ -1,6 +1,7 @@
 # make demo   sets up everything, trains simclr and clip on handwritten digits, shows what they learned
 # make test   sets up everything, runs the tests
-# Both need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler.
+# make docs   sets up everything, builds the documents with the API into site/
+# They need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -31,8 +32,7 @@ typecheck: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
-docs: $(VENV)/installed
-	$(BIN)/pip install -q -e ".[docs]"
+docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
@@ -47,4 +47,8 @@ $(VENV)/torch:
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[train,test,bench,dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[docs]"
 	touch $@
