@@ -1,11 +1,12 @@
 # make demo   sets up everything, trains simclr and clip on handwritten digits, shows what they learned
 # make test   sets up everything, runs the tests
 # make docs   sets up everything, builds the documents with the API into site/
-# They need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler.
+# They need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler and Python's
+# headers. Which build of the pinned torch comes is your pip configuration.
 
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= torch==2.13.0   # which build of it this brings is your pip configuration
+TORCH  ?= torch==2.13.0
 RUNS   ?= runs
 BIN    := $(VENV)/bin
 
@@ -38,10 +39,11 @@ docs: $(VENV)/docs
 clean:
 	rm -rf $(VENV) build dist site *.egg-info fastcl/_C*.so
 
-# torch comes first and alone, so that no other requirement chooses its version.
+# torch comes first and alone, so that no other requirement chooses its version; not quietly, as it is
+# large.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install "$(TORCH)"
 	touch $@
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
