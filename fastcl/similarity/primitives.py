@@ -56,6 +56,7 @@ def _arguments(
     backend: str,
     workspace: int | None,
     mirrored: bool = False,
+    diagonal_name: str = "positives",
 ) -> _Arguments:
     own_ids = col_ids is not None and col_ids is not row_ids
     if v is None:
@@ -69,10 +70,11 @@ def _arguments(
         raise ValueError(f"{given} is given without {missing}: ids of both sides are compared")
     if diagonal is not None:
         if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
-            raise TypeError(f"mask_diagonal must be an int or None, not {type(diagonal).__name__}")
+            given = type(diagonal).__name__
+            raise TypeError(f"{diagonal_name} must be an int or None, not {given}")
         if diagonal < 0 or diagonal >= m:
             raise ValueError(
-                f"mask_diagonal is {diagonal}; expected 0 to {m - 1}, the column of row 0's pair"
+                f"{diagonal_name} is {diagonal}; expected 0 to {m - 1}, the column of row 0's pair"
             )
     scale = check_scale("scale", scale, u)
     row_bias = check_vector("row_bias", row_bias, n, u)
@@ -244,9 +246,8 @@ def similarity_logsumexp(
         raise ValueError(
             "diag_bias and mask_diagonal cannot be given together; drop pairs by id instead"
         )
-    args = _arguments(
-        u, v, scale, row_bias, col_bias, row_ids, col_ids, bias_at, backend, workspace
-    )
+    how = (u, v, scale, row_bias, col_bias, row_ids, col_ids, bias_at, backend, workspace)
+    args = _arguments(*how, diagonal_name="mask_diagonal")
     if args.backend == dispatch.REFERENCE:
         return reference.similarity_logsumexp(
             args.u,

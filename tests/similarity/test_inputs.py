@@ -86,6 +86,8 @@ def test_logsumexp_refuses(changes: dict[str, Any], error: type[Exception], mess
     ("options", "error", "message"),
     [
         ({"v": None}, TypeError, "v must be a tensor"),
+        ({"positives": 6}, ValueError, "positives is 6; expected 0 to 5"),
+        ({"positives": 0.0}, TypeError, "positives must be an int or None, not float"),
         ({"positives": 3}, ValueError, "positives=3 puts row 3's positive past the last of v's 6"),
         ({"positives": 0, "row_bias": torch.ones(4)}, ValueError, "row_bias has no effect"),
         ({"weights": torch.ones(5)}, ValueError, r"weights .*shape \[4\]"),
@@ -104,6 +106,8 @@ def test_weighted_refuses(options: dict[str, Any], error: type[Exception], messa
         ({"bias": torch.ones(4)}, ValueError, r"bias has shape \[4\]; expected a float"),
         ({"reduction": "mean"}, ValueError, "reduction='mean' is not known; choose one of sum"),
         ({"divisor": 1.5}, ValueError, "divisor is 1.5"),
+        ({"positives": -1}, ValueError, "positives is -1; expected 0 to 5"),
+        ({"positives": True}, TypeError, "positives must be an int or None, not bool"),
     ],
 )
 def test_sigmoid_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
