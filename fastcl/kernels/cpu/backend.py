@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,7 @@ _extension: ModuleType | None
 _why_not = ""
 try:
     # torch was imported above: its OpenMP runtime is the one that the extension finds and shares.
-    _extension = importlib.import_module("fastcl._C")
+    import fastcl._C as _extension  # type: ignore[import-not-found,no-redef,unused-ignore]
 except ImportError as error:
     _extension, _why_not = None, str(error)
 
