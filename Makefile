@@ -1,10 +1,12 @@
 # make demo   sets up everything, trains simclr and clip on handwritten digits, shows what they learned
 # make test   sets up everything, runs the tests
-# Both need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler.
+# make docs   sets up everything, builds the documents with the API into site/
+# They need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler and Python's
+# headers. Which build of the pinned torch comes is your pip configuration.
 
 PYTHON ?= python3
 VENV   ?= .venv
-TORCH  ?= torch==2.13.0   # which build of it this brings is your pip configuration
+TORCH  ?= torch==2.13.0
 RUNS   ?= runs
 BIN    := $(VENV)/bin
 
@@ -31,20 +33,24 @@ typecheck: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
-docs: $(VENV)/installed
-	$(BIN)/pip install -q -e ".[docs]"
+docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info fastcl/_C*.so
 
-# torch comes first and alone, so that no other requirement chooses its version.
+# torch comes first and alone, so that no other requirement chooses its version; not quietly, as it is
+# large.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install "$(TORCH)"
 	touch $@
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install -q -e ".[train,test,bench,dev]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[docs]"
 	touch $@

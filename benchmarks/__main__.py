@@ -51,6 +51,20 @@ def _cases(
     return list(changed)
 
 
+def _device(name: str) -> torch.device:
+    """A device that is there."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise typer.BadParameter(
+            f"{name} is not known; expected cpu or cuda", param_hint="--device"
+        )
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"PyTorch {torch.__version__} sees no {name} here", param_hint="--device"
+        )
+    return torch.device(name)
+
+
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
@@ -88,7 +102,7 @@ def run(
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset} is not one of {', '.join(PRESETS)}")
     defaults = PRESETS[preset]
-    names = _chosen(contenders, all_names(), "--contenders")
+    names, where = _chosen(contenders, all_names(), "--contenders"), _device(device)
     if compiled is None:
         compiled = defaults.compiled or contenders is not None  # asked for by name
     if not compiled:
@@ -97,7 +111,7 @@ def run(
     dtypes = [name.strip() for name in dtype.split(",")] if dtype else []
     try:
         cases = _cases(preset, losses, dtypes, n or [], m, d or [])
-        backend_name(backend, torch.device(device))
+        backend_name(backend, where)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if not cases:
@@ -113,7 +127,7 @@ def run(
         backend=backend,
         forward=forward,
         memory=defaults.memory if memory is None else memory,
-        device=torch.device(device),
+        device=where,
     )
     results = _measure(cases, options, progress)
     path = output or default_path(results)

@@ -10,7 +10,7 @@ BOTH: Phase = "forward+backward"
 FORWARD: Phase = "forward"
 
 # Floors in units of one product over the whole matrix of similarities, 2 * rows * cols * D FLOP
-# (DESIGN.md section 2): (forward and backward, forward alone).
+# ("What it costs" in docs/architecture.md): (forward and backward, forward alone).
 _FLOORS: dict[str, tuple[float, float]] = {
     "clip": (4, 1),  # statistics; then the tile again and two gradients
     "info_nce": (3, 1),  # one direction: rows of tiles are kept until their gradient is made

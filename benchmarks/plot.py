@@ -20,6 +20,8 @@ def save_plot(results: Results, path: Path) -> None:
     for row in results.rows:
         if row.seconds is not None and row.phase == BOTH:
             panels.setdefault((row.loss, row.dtype), []).append(row)
+    names = dict.fromkeys(row.contender for rows in panels.values() for row in rows)
+    colors = {name: f"C{i}" for i, name in enumerate(names)}  # the same in every panel
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure, axes = plt.subplots(
@@ -31,13 +33,13 @@ def save_plot(results: Results, path: Path) -> None:
         assert isinstance(axis, Axes)
         sizes = {"n": {r.n for r in rows}, "d": {r.d for r in rows}}
         if max(map(len, sizes.values())) == 1:
-            names = [r.contender for r in rows]
-            times = [r.seconds.median for r in rows if r.seconds]
-            low = [r.seconds.median - r.seconds.q1 for r in rows if r.seconds]
-            high = [r.seconds.q3 - r.seconds.median for r in rows if r.seconds]
-            axis.barh(names, times, xerr=[low, high])
+            times = [1e3 * r.seconds.median for r in rows if r.seconds]
+            low = [1e3 * (r.seconds.median - r.seconds.q1) for r in rows if r.seconds]
+            high = [1e3 * (r.seconds.q3 - r.seconds.median) for r in rows if r.seconds]
+            run = [r.contender for r in rows]
+            axis.barh(run, times, xerr=[low, high], color=[colors[name] for name in run])
             axis.invert_yaxis()
-            axis.set_xlabel("seconds (median, quartiles)")
+            axis.set_xlabel("ms (median, quartiles)")
             axis.set_title(rows[0].case)
             continue
         by = "n" if len(sizes["n"]) > 1 else "d"
@@ -46,10 +48,13 @@ def save_plot(results: Results, path: Path) -> None:
         for contender in dict.fromkeys(r.contender for r in rows):
             line = [r for r in _at(rows, by, fixed) if r.contender == contender]
             line.sort(key=lambda r: int(getattr(r, by)))
-            times = [r.seconds.median for r in line if r.seconds]
-            axis.loglog([getattr(r, by) for r in line], times, marker="o", label=contender)
+            times = [1e3 * r.seconds.median for r in line if r.seconds]
+            x = [getattr(r, by) for r in line]
+            axis.loglog(x, times, marker="o", color=colors[contender], label=contender)
+        axis.set_xticks(sorted(sizes[by]), [str(size) for size in sorted(sizes[by])])
+        axis.minorticks_off()
         axis.set_xlabel(by.upper())
-        axis.set_ylabel("seconds (median)")
+        axis.set_ylabel("ms (median)")
         axis.set_title(f"{loss}, {dtype}, {'D' if by == 'n' else 'N'} = {fixed}")
         axis.legend()
     figure.savefig(path, dpi=150)

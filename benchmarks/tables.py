@@ -89,7 +89,7 @@ def _caption(rows: list[Row]) -> str:
     notes = [f"{row.contender}: {row.note}" for row in rows if row.note]
     sizes = {(row.errors.n, row.errors.m) for row in rows if row.errors}
     notes += [f"errors at N = {n}, M = {m}" for n, m in sorted(sizes)]
-    return ". ".join(notes) + "." if notes else ""
+    return "; ".join(notes)
 
 
 def _run(results: Results) -> str:

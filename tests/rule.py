@@ -1,4 +1,4 @@
-"""The float64 rule of DESIGN.md section 3, the only source of tolerances in these tests.
+"""The float64 rule: errors are measured against eager PyTorch's. The only source of tolerances.
 
 **The error norm** is the largest absolute error of a tensor (a loss, or the gradient of one input)
 over all its elements, and over all draws of a case. Absolute, not relative: gradients have elements

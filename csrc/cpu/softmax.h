@@ -13,13 +13,18 @@
 namespace fastcl {
 namespace FASTCL_ISA {
 
-constexpr std::int64_t kBlockRows = 32;  // rows of one parallel task
+constexpr std::int64_t kBlockRows = 32;  // at most, of one parallel task
 constexpr std::int64_t kPatchRows = 8;
 constexpr std::int64_t kPatchCols = 512;
 template <class T> inline constexpr T kWindow = T(42);
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t blocks_of(std::int64_t n, std::int64_t size) { return (n + size - 1) / size; }
+// Rows of one parallel task: fewer where a tile has few, so that many threads find work in it. Each
+// block has column sums of its own, which are added up at the end.
+inline std::int64_t block_rows(std::int64_t rows) {
+  return smaller(kBlockRows, blocks_of(rows, 32 * kPatchRows) * kPatchRows);
+}
 template <class T> inline std::int64_t padded(std::int64_t n) {
   return blocks_of(n, Simd<T>::width) * Simd<T>::width;
 }
@@ -121,7 +126,8 @@ template <class T, bool kRows, bool kCols>
 void statistics(const Tile<T>& tile, Running<T> rows, Running<T> cols, int threads) {
   using V = typename Simd<T>::V;
   constexpr int width = Simd<T>::width;
-  const std::int64_t blocks = blocks_of(tile.rows, kBlockRows), line = padded<T>(tile.cols);
+  const std::int64_t block = block_rows(tile.rows), blocks = blocks_of(tile.rows, block);
+  const std::int64_t line = padded<T>(tile.cols);
   Scratch scratch(kCols ? static_cast<std::size_t>(2 * blocks * line) * sizeof(T) : 0);
   T* partial = scratch.as<T>();  // for each block of rows: maxima, then sums, of all columns
 
@@ -133,11 +139,11 @@ void statistics(const Tile<T>& tile, Running<T> rows, Running<T> cols, int threa
         maxima[j] = j < tile.cols ? kMinusInfinity<T> : -kMinusInfinity<T>;
         sums[j] = T(0);
       }
-    const std::int64_t end = smaller(tile.rows, (b + 1) * kBlockRows);
+    const std::int64_t end = smaller(tile.rows, (b + 1) * block);
     for (std::int64_t j0 = 0; j0 < tile.cols; j0 += kPatchCols) {
       const Tile<T> strip = strip_of(tile, j0);
       const Running<T> of_strip = {kCols ? maxima + j0 : nullptr, kCols ? sums + j0 : nullptr};
-      for (std::int64_t i = b * kBlockRows; i < end; i += kPatchRows)
+      for (std::int64_t i = b * block; i < end; i += kPatchRows)
         patch_statistics<T, kRows, kCols>(strip, i, smaller(kPatchRows, end - i), rows, of_strip);
     }
   });
@@ -231,17 +237,18 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
 // its blocks of rows in their order.
 template <class T, class Body>
 void for_each_patch(const Tile<T>& tile, GradientSums<T> sums, int threads, const Body& body) {
-  const std::int64_t blocks = blocks_of(tile.rows, kBlockRows), line = padded<T>(tile.cols);
+  const std::int64_t block = block_rows(tile.rows), blocks = blocks_of(tile.rows, block);
+  const std::int64_t line = padded<T>(tile.cols);
   Scratch scratch(sums.col_g ? static_cast<std::size_t>(blocks * line) * sizeof(T) : 0);
   T* partial = scratch.as<T>();
   for_each_block(blocks, threads, [&](std::int64_t b) {
     T* const col_g = sums.col_g ? partial + b * line : nullptr;
     if (col_g) for (std::int64_t j = 0; j < line; ++j) col_g[j] = T(0);
-    const std::int64_t end = smaller(tile.rows, (b + 1) * kBlockRows);
+    const std::int64_t end = smaller(tile.rows, (b + 1) * block);
     for (std::int64_t j0 = 0; j0 < tile.cols; j0 += kPatchCols) {
       const Tile<T> strip = strip_of(tile, j0);
       const GradientSums<T> here = {sums.row_gs, sums.row_g, col_g ? col_g + j0 : nullptr};
-      for (std::int64_t i = b * kBlockRows; i < end; i += kPatchRows)
+      for (std::int64_t i = b * block; i < end; i += kPatchRows)
         body(strip, j0, i, smaller(kPatchRows, end - i), here);
     }
   });

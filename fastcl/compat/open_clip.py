@@ -6,27 +6,37 @@ is refused, as a local loss there would silently be another loss.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from fastcl import functional
+from fastcl.losses.common import Loss
 
 _DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
-def _one_process(rank: int, world_size: int) -> None:
-    if world_size != 1 or rank != 0:
-        raise NotImplementedError(
-            f"rank={rank}, world_size={world_size}: fastcl's open_clip losses work in one process "
-            "in this version; expected rank=0, world_size=1. Keep open_clip's own loss for "
-            "several processes"
-        )
+class _OneProcess(Loss):
+    """What both stand-ins accept beside the options of :class:`fastcl.losses.common.Loss`."""
+
+    def __init__(self, cache_labels: bool, rank: int, world_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        if world_size != 1 or rank != 0:
+            raise NotImplementedError(
+                f"rank={rank}, world_size={world_size}: fastcl's open_clip losses work in one "
+                "process in this version; expected rank=0, world_size=1. Keep open_clip's own loss "
+                "for several processes"
+            )
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
 
 
 def _output(loss: Tensor, output_dict: bool) -> Tensor | dict[str, Tensor]:
     return {"contrastive_loss": loss} if output_dict else loss
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(_OneProcess):
     """``open_clip.loss.ClipLoss`` without the N x N matrix; see :func:`fastcl.clip_loss`.
 
     Args:
@@ -59,15 +69,9 @@ class ClipLoss(nn.Module):
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__()
-        _one_process(rank, world_size)
+        super().__init__(cache_labels, rank, world_size, backend=backend, workspace=workspace)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.backend = backend
-        self.workspace = workspace
 
     def forward(
         self,
@@ -78,13 +82,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-dim, or ``{"contrastive_loss": loss}``; logit_scale already exponentiated."""
-        loss = functional.clip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            backend=self.backend,
-            workspace=self.workspace,
-        )
+        loss = functional.clip_loss(image_features, text_features, logit_scale, **self.options)
         if logit_bias is not None:
             # A bias shared by all logits leaves a softmax as it is: its gradient is exactly 0, but
             # it must be in the graph, or DDP waits for a gradient that never comes.
@@ -92,7 +90,7 @@ class ClipLoss(nn.Module):
         return _output(loss, output_dict)
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_OneProcess):
     """``open_clip.loss.SigLipLoss`` without the N x N matrix; see :func:`fastcl.siglip_loss`.
 
     Args:
@@ -126,19 +124,13 @@ class SigLipLoss(nn.Module):
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
-        super().__init__()
-        _one_process(rank, world_size)
+        super().__init__(cache_labels, rank, world_size, backend=backend, workspace=workspace)
         if dist_impl is not None and dist_impl not in _DIST_IMPLS:
             raise ValueError(
                 f"dist_impl={dist_impl!r} is not known; choose one of {', '.join(_DIST_IMPLS)}"
             )
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
-        self.backend = backend
-        self.workspace = workspace
 
     def forward(
         self,
@@ -150,11 +142,6 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-dim, or ``{"contrastive_loss": loss}``; logit_scale already exponentiated."""
         loss = functional.siglip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            backend=self.backend,
-            workspace=self.workspace,
+            image_features, text_features, logit_scale, logit_bias, **self.options
         )
         return _output(loss, output_dict)

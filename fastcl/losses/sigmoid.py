@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastcl import functional
-from fastcl.losses.softmax import _Loss
+from fastcl.losses.common import Loss
 
 
-class SigLipLoss(_Loss):
+class SigLipLoss(Loss):
     """SigLIP's pairwise sigmoid loss as a module; see :func:`fastcl.siglip_loss`.
 
     Scale and bias are the model's parameters and are passed to each call; the scale already
@@ -41,8 +41,5 @@ class SigLipLoss(_Loss):
             logit_scale,
             logit_bias,
             ids=ids,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace=self.workspace,
+            **self.options,
         )

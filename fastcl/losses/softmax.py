@@ -2,87 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcl import functional
-from fastcl.functional.common import REDUCTIONS, Reduction
-from fastcl.kernels.dispatch import check_name
+from fastcl.functional.common import Reduction
+from fastcl.losses.common import Loss, TemperatureLoss, check_flag
 from fastcl.similarity.inputs import check_choice
 
 
-class _Loss(nn.Module):
-    """The options that every loss shares."""
-
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_name(backend)
-        self.reduction: Reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
-        self.workspace = workspace
-
-    def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        shown = {"reduction": "mean", "normalize": False, "backend": "auto", "workspace": None}
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name, default in shown.items()
-            if getattr(self, name) != default
-        )
-
-
-class _TemperatureLoss(_Loss):
-    """A loss with a temperature of its own, fixed or learned.
-
-    A learned temperature is a parameter ``log_temperature``, so that it stays positive.
-    """
-
-    def __init__(
-        self,
-        temperature: float,
-        *,
-        learn_temperature: bool = False,
-        reduction: Reduction = "mean",
-        normalize: bool = False,
-        backend: str = "auto",
-        workspace: int | None = None,
-    ) -> None:
-        super().__init__(
-            reduction=reduction, normalize=normalize, backend=backend, workspace=workspace
-        )
-        if not temperature > 0:
-            raise ValueError(
-                f"temperature is {temperature}; expected a positive number such as 0.07"
-            )
-        self._temperature = float(temperature)
-        self.log_temperature: nn.Parameter | None = None
-        if learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(self._temperature).log())
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature: a number, or a 0-dim tensor with a gradient where it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def extra_repr(self) -> str:
-        """The temperature it started from, and the options."""
-        learned = ", learn_temperature=True" if self.log_temperature is not None else ""
-        rest = super().extra_repr()
-        return f"temperature={self._temperature}{learned}" + (f", {rest}" if rest else "")
-
-
-class InfoNCELoss(_TemperatureLoss):
+class InfoNCELoss(TemperatureLoss):
     """InfoNCE as a module; see :func:`fastcl.info_nce` for formula, shapes and errors.
 
     Args:
@@ -99,6 +29,13 @@ class InfoNCELoss(_TemperatureLoss):
     Source: van den Oord et al. 2018, eq. 4.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {
+        "negative_mode": "unpaired",
+        "in_batch": None,
+        "symmetric": False,
+        **Loss.defaults,
+    }
+
     def __init__(
         self,
         temperature: float = 0.1,
@@ -114,14 +51,17 @@ class InfoNCELoss(_TemperatureLoss):
     ) -> None:
         super().__init__(
             temperature,
-            learn_temperature=learn_temperature,
+            learn_temperature,
             reduction=reduction,
             normalize=normalize,
             backend=backend,
             workspace=workspace,
         )
         check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
-        self.negative_mode: Literal["unpaired", "paired"] = negative_mode
+        if in_batch is not None:
+            check_flag("in_batch", in_batch)
+        check_flag("symmetric", symmetric)
+        self.negative_mode = negative_mode
         self.in_batch = in_batch
         self.symmetric = symmetric
 
@@ -139,18 +79,12 @@ class InfoNCELoss(_TemperatureLoss):
             positive_key,
             negative_keys,
             temperature=self.temperature,
-            negative_mode=self.negative_mode,
-            in_batch=self.in_batch,
-            symmetric=self.symmetric,
             ids=ids,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace=self.workspace,
+            **self.options,
         )
 
 
-class NTXentLoss(_TemperatureLoss):
+class NTXentLoss(TemperatureLoss):
     """NT-Xent (SimCLR) as a module; see :func:`fastcl.nt_xent` for formula, shapes and errors.
 
     Args:
@@ -178,7 +112,7 @@ class NTXentLoss(_TemperatureLoss):
     ) -> None:
         super().__init__(
             temperature,
-            learn_temperature=learn_temperature,
+            learn_temperature,
             reduction=reduction,
             normalize=normalize,
             backend=backend,
@@ -192,14 +126,11 @@ class NTXentLoss(_TemperatureLoss):
             z1,
             temperature=self.temperature,
             ids=ids,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace=self.workspace,
+            **self.options,
         )
 
 
-class ClipLoss(_Loss):
+class ClipLoss(Loss):
     """CLIP's symmetric loss as a module; see :func:`fastcl.clip_loss` for formula and errors.
 
     The scale is the model's parameter and is passed to each call, already exponentiated.
@@ -229,8 +160,5 @@ class ClipLoss(_Loss):
             text_features,
             logit_scale,
             ids=ids,
-            reduction=self.reduction,
-            normalize=self.normalize,
-            backend=self.backend,
-            workspace=self.workspace,
+            **self.options,
         )

@@ -9,7 +9,8 @@ _NEEDS = ("kornia", "matplotlib", "rich", "sklearn", "tokenizers", "typer")
 _missing = [name for name in _NEEDS if find_spec(name) is None]
 if _missing:
     raise ImportError(
-        f"fastcl.train needs {', '.join(_missing)}, not installed here: pip install 'fastcl[train]'"
+        f"fastcl.train needs {', '.join(_missing)}, not installed here: install fastcl with its "
+        "extra `train`, as in pip install '.[train]' from its source folder"
     )
 
 from fastcl.train.config import Config, TrainError  # noqa: E402

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fastcl._version import __version__
 from fastcl.train import run
 from fastcl.train.config import PRECISIONS, Config, Interrupted, TrainError
+from fastcl.train.data import DATASETS
 from fastcl.train.display import accuracy_table
 from fastcl.train.methods import METHODS
 from fastcl.train.run import Outcome
@@ -19,25 +21,35 @@ from fastcl.train.run import Outcome
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastcl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def fastcl() -> None:
+def fastcl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Contrastive losses whose memory does not grow with N x N."""
 
 
 def _option(field: str, text: str) -> Any:
     default = {f.name: f.default for f in fields(Config)}[field]
     shown = "the method's" if default is MISSING else default
-    return typer.Option(help=text, show_default=str(shown))
+    return typer.Option(help=f"{text} Default: {shown}.")
 
 
 @app.command("train")
 def train_command(
     context: typer.Context,
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
-    data: Annotated[str | None, _option("data", "Data set.")] = None,
+    data: Annotated[str | None, _option("data", f"One of {', '.join(DATASETS)}.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New run folder.", show_default="runs/METHOD-DATA-seedSEED"),
+        typer.Option(help="New run folder. Default: runs/METHOD-DATA-seedSEED."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder, exactly.")

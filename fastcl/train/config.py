@@ -81,6 +81,8 @@ def check_numbers(config: Config) -> None:
             raise TrainError(
                 f"{option(field)} {getattr(config, field)}: expected an integer of at least {low}"
             )
+    if config.seed >= 1 << 63:
+        raise TrainError(f"--seed {config.seed}: expected an integer below 2^63")
     for field in ("learning_rate", "temperature"):
         value = getattr(config, field)
         if not 0 < value < float("inf"):

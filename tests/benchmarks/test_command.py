@@ -71,6 +71,8 @@ def test_a_wrong_file_is_refused_by_table(tmp_path: Path) -> None:
         (["--backend", "abacus"], "backend='abacus' is not known"),
         (["--preset", "huge"], "huge is not one of"),
         (["--contenders", "fastcl,nobody"], "nobody is not known"),
+        (["--device", "abacus"], "abacus is not known; expected cpu or cuda"),
+        (["--device", "cuda:99"], "sees no cuda:99 here"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:

@@ -95,5 +95,12 @@ def test_backend_options_are_passed_on() -> None:
     torch.testing.assert_close(
         loss(**features(), logit_scale=14.3), ClipLoss()(**features(), logit_scale=14.3)
     )
+    assert repr(loss) == "ClipLoss(backend='reference')"
+
+
+@pytest.mark.parametrize("loss", [ClipLoss, SigLipLoss])
+def test_bad_options_are_refused_when_made(loss: Any) -> None:
     with pytest.raises(ValueError, match="backend='gpu'"):
-        ClipLoss(backend="gpu")(**features(), logit_scale=14.3)
+        loss(backend="gpu")
+    with pytest.raises(ValueError, match="workspace is 1000 bytes"):
+        loss(workspace=1000)

@@ -71,17 +71,34 @@ def test_repr_says_what_differs() -> None:
     assert repr(fastcl.losses.ClipLoss()) == "ClipLoss()"
     shown = repr(fastcl.losses.NTXentLoss(0.2, learn_temperature=True, backend="torch"))
     assert shown == "NTXentLoss(temperature=0.2, learn_temperature=True, backend='torch')"
+    shown = repr(fastcl.losses.InfoNCELoss(negative_mode="paired", in_batch=True))
+    assert shown == "InfoNCELoss(temperature=0.1, negative_mode='paired', in_batch=True)"
+    assert repr(fastcl.losses.InfoNCELoss(symmetric=True)).endswith("symmetric=True)")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"temperature": 0}, "temperature is 0; expected a positive number"),
-        ({"reduction": "avg"}, "reduction='avg' is not known"),
-        ({"backend": "gpu"}, "backend='gpu' is not known"),
-        ({"negative_mode": "own"}, "negative_mode='own' is not known"),
+        ({"temperature": 0}, ValueError, "temperature is 0; expected a positive number"),
+        ({"temperature": float("inf")}, ValueError, "temperature is inf; expected a positive"),
+        (
+            {"temperature": torch.tensor(0.1)},
+            TypeError,
+            "temperature must be a number, not Tensor; learn_temperature=True",
+        ),
+        ({"learn_temperature": 0.1}, TypeError, "learn_temperature must be True or False, not 0.1"),
+        ({"reduction": "avg"}, ValueError, "reduction='avg' is not known"),
+        ({"normalize": "yes"}, TypeError, "normalize must be True or False, not 'yes'"),
+        ({"backend": "gpu"}, ValueError, "backend='gpu' is not known"),
+        ({"workspace": 1.5}, TypeError, "workspace must be a number of bytes"),
+        ({"workspace": 1000}, ValueError, "workspace is 1000 bytes; expected at least 65536"),
+        ({"negative_mode": "own"}, ValueError, "negative_mode='own' is not known"),
+        ({"in_batch": "both"}, TypeError, "in_batch must be True or False, not 'both'"),
+        ({"symmetric": 2}, TypeError, "symmetric must be True or False, not 2"),
     ],
 )
-def test_bad_options_are_refused_when_made(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_options_are_refused_when_made(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         fastcl.losses.InfoNCELoss(**options)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fastcl
 from fastcl.train.__main__ import app
+from fastcl.train.config import Config
 
 PNG = b"\x89PNG\r\n\x1a\n"
 STEP_FIELDS = {
@@ -144,6 +146,7 @@ def assert_refused(result: Any, *parts: str) -> None:
         (["--method", "clip", "--device", "cuda:x"], ["--device cuda:x", "auto, cpu, cuda"]),
         (["--method", "clip", "--epochs", "0"], ["--epochs 0", "at least 1"]),
         (["--method", "clip", "--seed", "-1"], ["--seed -1", "at least 0"]),
+        (["--method", "clip", "--seed", str(1 << 63)], ["--seed 9223372036854775808", "2^63"]),
         (["--method", "clip", "--threads", "0"], ["--threads 0", "at least 1"]),
         (["--method", "clip", "--temperature", "0"], ["--temperature 0.0", "positive"]),
         (["--method", "clip", "--learning-rate", "nan"], ["--learning-rate nan", "positive"]),
@@ -198,8 +201,27 @@ def test_without_the_extra_the_import_says_what_to_install(
 
     monkeypatch.setattr(importlib.util, "find_spec", without_kornia)
     monkeypatch.delitem(sys.modules, "fastcl.train")
-    with pytest.raises(ImportError, match=r"needs kornia.*pip install 'fastcl\[train\]'"):
+    with pytest.raises(ImportError, match=r"needs kornia, not .* pip install '\.\[train\]'"):
         importlib.import_module("fastcl.train")
+
+
+def test_without_the_extra_the_command_says_so_in_one_line() -> None:
+    """As a new process, which has imported nothing of it yet."""
+    code = "import sys; sys.modules['typer'] = None; from fastcl.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_version() -> None:
+    assert run("--version").output.strip() == f"fastcl {fastcl.__version__}"
+
+
+def test_help_shows_the_defaults() -> None:
+    shown = " ".join(run("train", "--help").output.replace("│", " ").split())
+    assert f"Default: {Config.batch_size}." in shown
+    assert "One of digits. Default: digits." in shown
 
 
 def test_the_library_does_not_import_the_trainer() -> None:

@@ -18,13 +18,13 @@ _extension: ModuleType | None
 _why_not = ""
 try:
     # torch was imported above: its OpenMP runtime is the one that the extension finds and shares.
-    from fastcl import _C as _extension  # type: ignore[attr-defined,no-redef,unused-ignore]
+    import fastcl._C as _extension  # type: ignore[import-not-found,no-redef,unused-ignore]
 except ImportError as error:
     _extension, _why_not = None, str(error)
 
 NOT_BUILT = (
     "fastcl's compiled CPU kernels are not installed ({why}); the portable PyTorch kernels are "
-    "used instead, which are slower. Reinstall with a C++17 compiler present"
+    "used instead, which are slower. Reinstall with a C++17 compiler and Python's headers present"
 )
 
 
@@ -88,7 +88,7 @@ class CompiledTiles:
         self._extension.softmax_gradient(self._tile(tile), *lines, torch.get_num_threads())
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
-        """s <- 2^(l - new max); rescale <- 2^(old max - new max); row_es accumulates sum_j p s."""
+        """s <- e^(l - new max); rescale <- e^(old max - new max); row_es accumulates sum_j p s."""
         lines = (*_line(rows), _at(row_es), _at(rescale))
         self._extension.softmax_online(self._tile(tile), *lines, torch.get_num_threads())
 
