@@ -67,7 +67,7 @@ def clip_loss(
     ids = check_ids("ids", ids, image.shape[0], image)
     if normalize:
         image, text = normalized(image), normalized(text)
-    if is_reference(backend, image):
+    if is_reference(backend, image, workspace):
         return reference.clip_loss(image, text, scale, ids=ids, reduction=reduction)
     rows, cols, positive = pair_statistics(
         image,

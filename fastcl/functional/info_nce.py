@@ -91,7 +91,7 @@ def info_nce(
     if normalize:
         query, positive_key = normalized(query), normalized(positive_key)
         negative_keys = None if negative_keys is None else normalized(negative_keys)
-    if is_reference(backend, query):
+    if is_reference(backend, query, workspace):
         return reference.info_nce(
             query,
             positive_key,

@@ -70,7 +70,7 @@ def nt_xent(
     ids = check_ids("ids", ids, z0.shape[0], z0)
     if normalize:
         z0, z1 = normalized(z0), normalized(z1)
-    if is_reference(backend, z0):
+    if is_reference(backend, z0, workspace):
         return reference.nt_xent(z0, z1, temperature=1 / scale, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
     if torch.is_grad_enabled() and z0.requires_grad != z1.requires_grad:

@@ -74,7 +74,7 @@ def siglip_loss(
     ids = check_ids("ids", ids, image.shape[0], image)
     if normalize:
         image, text = normalized(image), normalized(text)
-    if is_reference(backend, image):
+    if is_reference(backend, image, workspace):
         return reference.siglip_loss(image, text, scale, bias, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
     how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}

@@ -172,7 +172,7 @@ class StreamedPrimitives:
             self.kernels.softmax_online(tile, running, row_es, rescale)
             if du is not None:
                 out.products.gradients(tile.s, a, b, du.mul_(rescale[:, None]), None)
-        weight = rows.finish(r.slice).weight  # G = weight 2^(l - max)
+        weight = rows.finish(r.slice).weight  # G = weight e^(l - max)
         if out.sums.row_gs is not None:
             out.sums.row_gs[r.slice] = row_es * weight
         if du is not None:

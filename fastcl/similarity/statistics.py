@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcl.kernels import dispatch
 from fastcl.similarity import ops
 from fastcl.similarity.arguments import Arguments, check_stream
-from fastcl.similarity.inputs import check_choice, check_transforms
+from fastcl.similarity.inputs import check_choice, check_transforms, check_workspace
 
 Dim = Literal["rows", "cols", "both"]
 
@@ -85,6 +85,11 @@ def pair_statistics(
         positives=positives,
         mirrored=mirrored,
     )
+    if args.backend == dispatch.REFERENCE:
+        raise ValueError(
+            'pair_statistics is a part of losses that backend="reference" does not have: ask the '
+            "loss itself, or similarity_logsumexp, for its reference"
+        )
     return line_statistics(args, dim)
 
 
@@ -101,8 +106,9 @@ def line_statistics(args: Arguments, dim: Dim) -> Statistics:
     )
 
 
-def is_reference(backend: str, like: Tensor) -> bool:
-    """Whether the reference will compute this, whole matrix and all."""
+def is_reference(backend: str, like: Tensor, workspace: int | None) -> bool:
+    """Whether the reference will compute this, whole matrix and all, whatever the workspace."""
+    check_workspace(workspace, 0)
     return dispatch.resolve(backend, like.device) == dispatch.REFERENCE
 
 

@@ -69,6 +69,8 @@ def similarity_weighted_logsumexp(
         u, v, scale, row_bias, col_bias, row_ids, col_ids, backend, workspace, positives=positives
     )
     if positives is not None:
+        if add_zero:
+            raise ValueError("add_zero stands for a positive that is no row of v: drop positives")
         if row_bias is not None:
             raise ValueError("row_bias has no effect with positives: it cancels in l_ij - l_ii")
         if args.u.shape[0] + positives > v.shape[0]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from tests.cases import LOSSES, Case
 
 Q, K = torch.randn(4, 3), torch.randn(4, 3)
 
@@ -131,3 +132,10 @@ def test_normalize_is_normalizing_first() -> None:
     torch.testing.assert_close(
         fastcl.siglip_loss(Q, K, 5.0, -3.0, normalize=True), fastcl.siglip_loss(q, k, 5.0, -3.0)
     )
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_the_reference_checks_the_workspace_too(case: Case) -> None:
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match="workspace is 5 bytes"):
+            case.ours(**case.tensors(), **case.options, backend=backend, workspace=5)

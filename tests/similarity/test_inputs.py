@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.similarity.statistics import pair_statistics
 
 U, V = torch.randn(4, 3), torch.randn(6, 3)
 
@@ -93,6 +94,7 @@ def test_logsumexp_refuses(changes: dict[str, Any], error: type[Exception], mess
         ({"positives": True}, TypeError, "positives must be an int or None, not bool"),
         ({"positives": 3}, ValueError, "positives=3 puts row 3's positive past the last of v's 6"),
         ({"positives": 0, "row_bias": torch.ones(4)}, ValueError, "row_bias has no effect"),
+        ({"positives": 0, "add_zero": True}, ValueError, "add_zero stands for a positive"),
         ({"weights": torch.ones(5)}, ValueError, r"weights .*shape \[4\]"),
         ({"divisor": 0}, ValueError, "divisor is 0; expected a count"),
     ],
@@ -153,3 +155,8 @@ def test_every_form_of_scale_is_the_same(scale: float | Tensor) -> None:
         (rows.sum() + cols.sum()).backward()
         assert scale.grad is not None
         assert scale.grad.shape == scale.shape
+
+
+def test_pair_statistics_has_no_reference() -> None:
+    with pytest.raises(ValueError, match="does not have"):
+        pair_statistics(U, V, scale=1.0, backend="reference")
