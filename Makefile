@@ -1,5 +1,6 @@
 # make demo   sets up everything, trains simclr and clip on handwritten digits, shows what they learned
 # make test   sets up everything, runs the tests
+# make gpu    on a machine with a CUDA device: its tests and benchmarks, with nothing installed
 # make docs   sets up everything, builds the documents with the API into site/
 # They need Python 3.10 or newer, make, and (for the fast CPU kernels) a C++17 compiler and Python's
 # headers. Which build of the pinned torch comes is your pip configuration.
@@ -10,7 +11,7 @@ TORCH  ?= torch==2.13.0
 RUNS   ?= runs
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint typecheck bench docs clean
+.PHONY: demo test test-all gpu lint typecheck bench docs clean
 
 demo: $(VENV)/installed
 	rm -rf $(RUNS)/demo-simclr $(RUNS)/demo-clip
@@ -18,10 +19,19 @@ demo: $(VENV)/installed
 	$(BIN)/fastcl train --method clip --data digits --out $(RUNS)/demo-clip
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter" tests/kernels/triton
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter" tests/kernels/triton
+
+# On a machine with a CUDA device, in the environment that PYTHON is (PyTorch, Triton, pytest,
+# hypothesis, pybind11, cmake, typer, rich, psutil): installs nothing, needs no network.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m benchmarks --device cuda --preset gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

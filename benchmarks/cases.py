@@ -90,6 +90,7 @@ _BY_N = tuple(make_case(x, n, 512, "float32") for x in _SQUARE for n in (1024, 2
 _BY_D = tuple(
     make_case(x, 8192, d, "float32") for x in _SQUARE for d in (64, 128, 256, 512, 768, 1024)
 )
+_GPU_D = (64, 128, 256, 512, 768, 1024, 1152)
 PRESETS = {
     "quick": Preset(
         (
@@ -111,6 +112,17 @@ PRESETS = {
             for dtype in ("float32", "bfloat16")
         ),
         rounds=9,
+        compiled=True,
+        memory=True,
+    ),
+    "gpu": Preset(
+        (
+            *(make_case(x, 65_536, d, "bfloat16") for x in ("clip", "siglip") for d in _GPU_D),
+            make_case("info_nce", 65_536, 768, "bfloat16"),
+            make_case("nt_xent", 16_384, 768, "bfloat16"),
+            make_case("moco", 256, 128, "bfloat16"),
+        ),
+        rounds=5,
         compiled=True,
         memory=True,
     ),

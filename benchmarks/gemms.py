@@ -85,7 +85,7 @@ class Replay:
         """Products over a tile, 2 * rows * cols * D FLOP each."""
         self.flops += products * 2 * tile.numel() * self.dim
         self.count += products
-        self.tiles.add((tile.shape[0], tile.shape[1]))
+        self.tiles.add((tile.shape[-2], tile.shape[-1]))
         self._steps.append(step)
 
     def done(self) -> None:
@@ -123,6 +123,12 @@ class _Noted:
         self.products.similarity(a, b, out)
         self.replay.note(out, 1, lambda _: self.products.similarity(a, b, out))
 
+    def fused(self, a: Any, b: Any) -> None:
+        """A product that a kernel makes within itself; bare, it is the library's of the same."""
+        shape = (len(a.chunk), len(b.chunk))
+        out = a.chunk.new_empty(shape)
+        self.replay.note(out, 1, lambda _: _multiply(a.chunk, b.chunk.T, out))
+
     def gradients(self, g: Tensor, a: Any, b: Any, da: Tensor | None, db: Tensor | None) -> None:
         self.products.gradients(g, a, b, da, db)
         of_a, of_b = self.replay.part(da), self.replay.part(db)
@@ -132,6 +138,10 @@ class _Noted:
             self.products.gradients(g, a, b, *fresh)
 
         self.replay.note(g, (da is not None) + (db is not None), again)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from fastcl._version import __version__
 from fastcl.functional import clip_loss, info_nce, nt_xent, siglip_loss
 from fastcl.kernels import available_backends, use_backend
 from fastcl.similarity import (
+    explain,
     similarity_logsumexp,
     similarity_sigmoid,
     similarity_weighted_logsumexp,
@@ -15,6 +16,7 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "compat",
+    "explain",
     "functional",
     "info_nce",
     "losses",

@@ -7,15 +7,19 @@ it is ordinary differentiable PyTorch, and :mod:`fastcl.similarity` calls it wit
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastcl.kernels.plan import TilePlan
 from fastcl.kernels.tiles import Pairs, Running
 
 REFERENCE = "reference"
@@ -98,6 +102,12 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, or None."""
 
+    def products(self, stream: Stream) -> Any:
+        """The matrix products for a stream (:class:`fastcl.kernels.walk.Products`)."""
+
+    def plan(self, stream: Stream, *, keep: bool = False) -> TilePlan:
+        """How the stream is cut; `keep`: rows of tiles that stay are welcome."""
+
     def logsumexp(self, stream: Stream, rows: bool, cols: bool) -> LineStatistics:
         """Running logsumexps of rows and columns, and the pairs on the dropped diagonal."""
 
@@ -161,6 +171,25 @@ class _Forced(threading.local):
 
 _forced = _Forced()
 _forced_last = AUTO  # the same as a plain global, on which torch.compile can guard
+_open_contexts = 0  # in all threads
+_open_lock = threading.Lock()
+
+
+def _enter(name: str) -> str:
+    """Counts a context, and gives the name that its leaving restores."""
+    global _forced_last, _open_contexts
+    with _open_lock:
+        _open_contexts += 1
+        previous, _forced_last = _forced_last, name
+    return previous
+
+
+def _leave(previous: str) -> None:
+    """Restores that name, which may be of a thread that has left: not after the last context."""
+    global _forced_last, _open_contexts
+    with _open_lock:
+        _open_contexts -= 1
+        _forced_last = previous if _open_contexts else AUTO
 
 
 @contextlib.contextmanager
@@ -180,12 +209,20 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced_last
     check_name(name)
-    previous, previous_last = _forced.name, _forced_last
-    _forced.name = _forced_last = name
+    previous, _forced.name = _forced.name, name
+    if torch.compiler.is_compiling():  # a lock cannot be traced
+        previous_last, _forced_last = _forced_last, name
+        try:
+            yield
+        finally:
+            _forced.name, _forced_last = previous, previous_last
+        return
+    previous_last = _enter(name)
     try:
         yield
     finally:
-        _forced.name, _forced_last = previous, previous_last
+        _forced.name = previous
+        _leave(previous_last)
 
 
 def check_name(name: str) -> None:
@@ -221,4 +258,19 @@ _said: set[str] = set()
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=_level_of_caller())
+
+
+# fastcl, and what stands between the user's line and a loss that is a module.
+_INTERNAL = (str(Path(__file__).parents[1]) + os.sep, torch.nn.modules.module.__file__)
+
+
+def _level_of_caller() -> int:
+    """The stacklevel, as our caller gives it, of the first line outside fastcl and module calls.
+
+    (warnings' own skip_file_prefixes is new in Python 3.12.)
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        frame, level = frame.f_back, level + 1
+    return level

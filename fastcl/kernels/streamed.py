@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
-from fastcl.kernels.dtypes import accumulation_dtype, stored_dtype, vector_dtype
-from fastcl.kernels.plan import Chunk, plan_symmetric, plan_tiles
+from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
+from fastcl.kernels.plan import Chunk, TilePlan, plan_symmetric, plan_tiles
 from fastcl.kernels.tiles import Pairs, Running, Side, Sums, TileKernels
 from fastcl.kernels.walk import (
     Accumulator,
@@ -40,19 +40,21 @@ class StreamedPrimitives:
         """The matrix products for a stream's dtype."""
         return TorchProducts(stream.u.dtype)
 
-    def _maker(self, stream: Stream, *, keep: bool = False) -> TileMaker:
-        products = self.products(stream)
+    def plan(self, stream: Stream, *, keep: bool = False) -> TilePlan:
+        """How the stream is cut; `keep`: rows of tiles that stay are welcome."""
         n, m = stream.u.shape[0], stream.keys.shape[0]
-        itemsize, line = products.storage(stream.u.shape[1])
+        itemsize, line = self.products(stream).storage(stream.u.shape[1])
         if stream.v is None:
-            plan = plan_symmetric(n, itemsize, stream.workspace, line_bytes=line)
-        else:
-            plan = plan_tiles(
-                n, m, itemsize, stream.workspace, keep=keep, tile=_KEPT_TILE, line_bytes=line
-            )
-            if not plan.keep:
-                plan = plan_tiles(n, m, itemsize, stream.workspace, line_bytes=line)
-        return TileMaker(stream, plan, products)
+            return plan_symmetric(n, itemsize, stream.workspace, line_bytes=line)
+        plan = plan_tiles(
+            n, m, itemsize, stream.workspace, keep=keep, tile=_KEPT_TILE, line_bytes=line
+        )
+        if plan.keep:
+            return plan
+        return plan_tiles(n, m, itemsize, stream.workspace, line_bytes=line)
+
+    def _maker(self, stream: Stream, *, keep: bool = False) -> TileMaker:
+        return TileMaker(stream, self.plan(stream, keep=keep), self.products(stream))
 
     # ---- logsumexp: 1 product forward, 3 backward (half of each where v is u) ----
 
@@ -84,8 +86,10 @@ class StreamedPrimitives:
         if rows is None and cols is None:
             _pairs_only(maker, out, grads.pairs)
         elif stream.v is None:
+            maker.unit = out.expect(grads.rows, grads.rows)
             self._symmetric_backward(maker, out, rows)
         else:
+            maker.unit = out.expect(grads.rows, grads.cols)
             for r, a in maker.rows():
                 du = out.row_chunk(r)
                 for c, b in maker.cols():
@@ -112,7 +116,7 @@ class StreamedPrimitives:
                 self.kernels.softmax_gradient(tile, side[r.slice], side[c.slice], sums)
                 if out.dv is not None:
                     mirrored = out.dv[c.slice] if c.start > r.start else None
-                    out.products.gradients(tile.s, a, b, out.dv[r.slice], mirrored)
+                    out.products.gradients(tile.gradient, a, b, out.dv[r.slice], mirrored)
         if row_gs is not None and within is not None:
             row_gs += within / 2
 
@@ -124,11 +128,13 @@ class StreamedPrimitives:
     ) -> tuple[Tensor, Gradients]:
         """(the row values y_i, gradients of sum_i weights_i y_i)."""
         maker = self._maker(stream, keep=any(needs))
-        out = Accumulator(stream, needs, maker.products, store=stored_dtype(stream.u.dtype))
+        out = Accumulator(stream, needs, maker.products, store=accumulation_dtype(stream.u.dtype))
         rows = _Rows(stream, weights, add_zero)
         if add_zero:  # the bias comes in with the zero, at the end of a row: it rounds no logit
             maker.stream = replace(stream, row_bias=None)
         twice = maker.plan.keep or needs.v or needs.col_bias
+        if any(needs):
+            maker.unit = out.expect(weights if twice else torch.ones_like(weights), scaled=twice)
         for r, a in maker.rows():
             if not any(needs):
                 self._statistics_of_rows(maker, rows, r, a)
@@ -171,7 +177,7 @@ class StreamedPrimitives:
             tile = maker.tile(r, c, a, b, pairs=rows.pairs)
             self.kernels.softmax_online(tile, running, row_es, rescale)
             if du is not None:
-                out.products.gradients(tile.s, a, b, du.mul_(rescale[:, None]), None)
+                out.products.gradients(tile.gradient, a, b, du.mul_(rescale[:, None]), None)
         weight = rows.finish(r.slice).weight  # G = weight e^(l - max)
         if out.sums.row_gs is not None:
             out.sums.row_gs[r.slice] = row_es * weight
@@ -202,6 +208,7 @@ class StreamedPrimitives:
             _pairs_only(maker, out, grads.pairs)
         else:
             weights = grads.rows.to(maker.dtype)
+            maker.unit = out.expect(weights)
             for r, a in maker.rows():
                 du = self._sigmoid_gradient(maker, out, r, a, None, weights, None)
                 out.finish_rows(r, du, grads.pairs)
@@ -215,9 +222,10 @@ class StreamedPrimitives:
             positive = _softplus(-_wide(pairs)[:count]).sum() if pairs is not None else 0
             return (loss.sum() + positive) / divisor, Gradients()
         maker, pairs = self._maker(stream), new_pairs(stream)
-        out = Accumulator(stream, needs, maker.products, store=stored_dtype(stream.u.dtype))
+        out = Accumulator(stream, needs, maker.products, store=accumulation_dtype(stream.u.dtype))
         loss = stream.u.new_zeros(len(stream.u), dtype=maker.dtype)
         weights = torch.full_like(loss, 1.0 / divisor)
+        maker.unit = out.expect(weights)
         total = torch.zeros_like(loss, dtype=vector_dtype(loss))
         grad_pairs = None if pairs is None else torch.zeros_like(total)
         for r, a in maker.rows():
@@ -275,7 +283,9 @@ class _Rows:
         else:
             positive = self._positives(rows)
             margin = running.log(minus=positive)
-            zero = (positive - positive).to(margin.dtype)  # NaN where the positive is infinite
+            zero = torch.zeros_like(margin)
+            if self.pairs is not None:
+                zero += positive - positive  # NaN where the positive is infinite, as eager gives
             log = torch.logaddexp(margin, zero)
             grad = weights * torch.exp(margin - log)
         self.values[rows], self.grad_logits[rows] = log, grad

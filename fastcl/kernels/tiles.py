@@ -34,6 +34,11 @@ class Tile:
     diagonal: int | None
     pairs: Pairs | None
 
+    @property
+    def gradient(self) -> Tensor:
+        """Where the gradient functions leave theirs: in place of the similarities."""
+        return self.s
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -105,7 +110,7 @@ class Sums:
 
 
 class TileKernels(Protocol):
-    """The functions. All write into what they are given; G and P overwrite ``tile.s``."""
+    """The functions. All write into what they are given; G goes to ``tile.gradient``."""
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
         """Adds the tile to the running logsumexps of its rows, its columns, or both."""
@@ -113,10 +118,13 @@ class TileKernels(Protocol):
     def softmax_gradient(
         self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
     ) -> None:
-        """s <- scale_i G_ij."""
+        """tile.gradient <- scale_i G_ij."""
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
-        """s <- e^(l - new max); rescale <- e^(old max - new max); row_es accumulates sum_j p s."""
+        """tile.gradient <- p = e^(l - new max); row_es accumulates sum_j p s_j.
+
+        rescale <- e^(old max - new max), for what was accumulated before.
+        """
 
     def sigmoid(
         self,
@@ -126,7 +134,7 @@ class TileKernels(Protocol):
         gradient: bool,
         sums: Sums,
     ) -> None:
-        """row_loss_i += sum_j softplus(l_ij); with `gradient`, s <- scale_i weight_i sigmoid(l)."""
+        """row_loss_i += sum_j softplus(l_ij); with `gradient`, G = scale_i weight_i sigmoid(l)."""
 
 
 def _line(x: Tensor) -> Tensor:
@@ -157,6 +165,11 @@ def _finite_or_zero(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, torch.zeros_like(x), x)
 
 
+def _exp_below(x: Tensor) -> Tensor:
+    """e^x of logits less their maximum, which is of a tile made before: a last bit may differ."""
+    return torch.exp(x.clamp_max(0.0))
+
+
 def _flush(s: Tensor) -> None:
     """Zero in place of float32 numbers so small that products with them are subnormal, and slow."""
     if s.dtype == torch.float32:
@@ -183,9 +196,9 @@ class TorchTiles:
         logits = _logits(tile)
         g = torch.zeros_like(logits)
         if rows is not None:
-            g += torch.exp(logits - _line(_finite_or_zero(rows.max))) * _line(rows.weight)
+            g += _exp_below(logits - _line(_finite_or_zero(rows.max))) * _line(rows.weight)
         if cols is not None:
-            g += torch.exp(logits - _finite_or_zero(cols.max)) * cols.weight
+            g += _exp_below(logits - _finite_or_zero(cols.max)) * cols.weight
         self._finish(tile, g, sums)
 
     def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:

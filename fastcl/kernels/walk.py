@@ -19,8 +19,13 @@ class Products(Protocol):
     """The matrix products of a walk, with accumulation in the accumulation dtype.
 
     ``rows`` and ``cols`` prepare a chunk of embeddings; what they return goes into the other two,
-    and stays valid until the same method is called again.
+    and stays valid until the same method is called again. ``narrow``: G is in the inputs' dtype.
     """
+
+    narrow: bool
+
+    def parts(self, plan: TilePlan) -> int:
+        """In how many matrices G enters the products: more than one where 16 bits are too few."""
 
     def storage(self, dim: int) -> tuple[int, int]:
         """Bytes held for each element of a tile, and for each of its rows and columns."""
@@ -40,6 +45,12 @@ class Products(Protocol):
 
 class TorchProducts:
     """Products by PyTorch's matrix multiplication, in float32 (float64 for float64)."""
+
+    narrow = False
+
+    def parts(self, plan: TilePlan) -> int:
+        """G is as wide as the sums it goes into."""
+        return 1
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -94,6 +105,7 @@ class TileMaker:
 
     def __init__(self, stream: Stream, plan: TilePlan, products: Products) -> None:
         self.stream, self.plan, self.products = stream, plan, products
+        self.unit: Tensor | None = None  # by which gradient tiles are multiplied; see Accumulator
         self.dtype = accumulation_dtype(stream.u.dtype)
         self.storage = stream.u.new_empty(plan.workspace, dtype=self.dtype)
         self.row_ids = self.col_ids = None
@@ -126,17 +138,24 @@ class TileMaker:
         s = self.storage[start : start + rows.size * cols.size].view(rows.size, cols.size)
         if not made:
             self.products.similarity(a, b, s)
+        return Tile(s=s, **self.described(rows, cols, pairs))
+
+    def described(self, rows: Chunk, cols: Chunk, pairs: Pairs | None) -> dict[str, Any]:
+        """What a tile of these chunks says of its logits, all but the similarities."""
         stream, r, c = self.stream, rows.slice, cols.slice
-        return Tile(
-            s=s,
-            scale=_rows_of(stream.scale, r),
-            row_bias=None if stream.row_bias is None else _rows_of(stream.row_bias, r),
-            col_bias=None if stream.col_bias is None else stream.col_bias[c],
-            row_ids=None if self.row_ids is None else self.row_ids[r],
-            col_ids=None if self.col_ids is None else self.col_ids[c],
-            diagonal=None if stream.diagonal is None else stream.diagonal + rows.start - cols.start,
-            pairs=None if pairs is None else pairs[r],
-        )
+        return {
+            "scale": _rows_of(stream.scale, r),
+            "row_bias": None if stream.row_bias is None else _rows_of(stream.row_bias, r),
+            "col_bias": None if stream.col_bias is None else stream.col_bias[c],
+            "row_ids": None if self.row_ids is None else self.row_ids[r],
+            "col_ids": None if self.col_ids is None else self.col_ids[c],
+            "diagonal": _shifted(stream.diagonal, rows.start - cols.start),
+            "pairs": None if pairs is None else pairs[r],
+        }
+
+
+def _shifted(diagonal: int | None, by: int) -> int | None:
+    return None if diagonal is None else diagonal + by
 
 
 def _rows_of(x: Tensor, rows: slice) -> Tensor:
@@ -175,6 +194,7 @@ class Accumulator:
     def __post_init__(self) -> None:
         stream, needs = self.stream, self.needs
         u, keys = stream.u, stream.keys
+        self.unit: Tensor | None = None
         self.dtype = accumulation_dtype(u.dtype)
         self.store = self.store or u.dtype
         symmetric = stream.v is None
@@ -191,6 +211,19 @@ class Accumulator:
             col_g=u.new_zeros(len(keys), dtype=self.dtype) if needs.col_bias else None,
         )
 
+    def expect(self, *weights: Tensor | None, scaled: bool = True) -> Tensor | None:
+        """By which power of 2 tiles of G are to be made larger, so that float16 holds them.
+
+        G is at most the weights of its lines times the scale. For 65,536 pairs that is 1e-5 for the
+        largest of its entries, and float16 ends at 6e-8. The accumulators are divided at the end.
+        """
+        if not self.products.narrow or self.stream.u.dtype != torch.float16:
+            return None
+        bounds = [x.detach().abs().max() for x in weights if x is not None]
+        bound = torch.stack(bounds).sum().float() * (self.stream.scale.abs().max() if scaled else 1)
+        self.unit = torch.exp2((14 - bound.log2().ceil()).clamp(-60.0, 60.0))
+        return self.unit
+
     def row_chunk(self, rows: Chunk) -> Tensor | None:
         """A zeroed accumulator for these rows of u's gradient, or None if it is not wanted."""
         if self.du is None:
@@ -202,7 +235,7 @@ class Accumulator:
     def add(self, tile: Tile, cols: Chunk, a: Any, b: Any, du_chunk: Tensor | None) -> None:
         """Adds what one gradient tile gives to both towers."""
         dv_chunk = None if self.dv is None else self.dv[cols.slice]
-        self.products.gradients(tile.s, a, b, du_chunk, dv_chunk)
+        self.products.gradients(tile.gradient, a, b, du_chunk, dv_chunk)
 
     def finish_rows(self, rows: Chunk, du_chunk: Tensor | None, grad_pairs: Tensor | None) -> None:
         """Adds the pairs' own term to these rows of u's gradient, and stores them.
@@ -212,6 +245,8 @@ class Accumulator:
         stream = self.stream
         if self.du is None or du_chunk is None:
             return
+        if self.unit is not None:
+            du_chunk /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:
             stop = min(rows.stop, paired_rows(stream))
             partners = stream.keys[stream.diagonal :]
@@ -223,6 +258,8 @@ class Accumulator:
         """All gradients, in the dtypes and shapes of their inputs, the pairs' terms included."""
         stream, needs, sums = self.stream, self.needs, self.sums
         symmetric, count = stream.v is None, paired_rows(stream)
+        if self.unit is not None and self.dv is not None:
+            self.dv /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:
             if self.dv is not None:
                 self._add_pairs(self.dv[stream.diagonal :], grad_pairs, stream.u, 0, count)

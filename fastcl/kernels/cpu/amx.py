@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcl.kernels.plan import TilePlan
+
 
 class _Operand:
     """A chunk of embeddings, packed into a form when a product first asks for it."""
@@ -50,6 +52,12 @@ class AmxProducts:
     The packed forms of one chunk of rows, one of columns and one tile live in buffers that are
     made once for each walk.
     """
+
+    narrow = False
+
+    def parts(self, plan: TilePlan) -> int:
+        """Two: see above."""
+        return 2
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension

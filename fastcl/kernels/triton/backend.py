@@ -1,0 +1,168 @@
+"""The Triton backend: fused tiles, chunked for a GPU's matrix products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcl.kernels.dispatch import Stream
+from fastcl.kernels.plan import Chunk, TilePlan
+from fastcl.kernels.streamed import StreamedPrimitives
+from fastcl.kernels.tiles import Pairs, Tile, TileKernels
+from fastcl.kernels.triton.plan import (
+    ALIGNMENT,
+    parts_of_gradient,
+    plan_chunks,
+    plan_symmetric_chunks,
+)
+from fastcl.kernels.triton.support import installed, interpreted
+from fastcl.kernels.walk import TileMaker
+
+
+class Operand(NamedTuple):
+    """A chunk of embeddings, as they are and padded with zeros to aligned rows."""
+
+    chunk: Tensor
+    padded: Tensor
+
+
+class GpuProducts:
+    """The gradient products of a walk, in the inputs' dtype with float32 accumulators."""
+
+    narrow = True
+
+    def parts(self, plan: TilePlan) -> int:
+        """Two for few pairs of 16 bits."""
+        return parts_of_gradient(plan, self._itemsize)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._itemsize = dtype.itemsize
+
+    def rows(self, chunk: Tensor) -> Operand:
+        """A chunk of u, with rows that kernels can step through."""
+        chunk = chunk if chunk.stride(1) == 1 else chunk.contiguous()
+        missing = -chunk.shape[1] % ALIGNMENT
+        return Operand(chunk, F.pad(chunk, (0, missing)) if missing else chunk)
+
+    cols = rows
+
+    def fused(self, a: Operand, b: Operand) -> None:
+        """A kernel is about to multiply these itself: nothing to do, but benchmarks count it."""
+
+    def gradients(
+        self, g: Tensor, a: Operand, b: Operand, da: Tensor | None, db: Tensor | None
+    ) -> None:
+        """da += g b and db += g^T a, each where it is wanted."""
+        for part in g:
+            if da is not None:
+                _add_product(da, part, b.chunk)
+            if db is not None:
+                _add_product(db, part.T, a.chunk)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x y, in float32 throughout."""
+    if x.dtype == torch.float32:
+        total.addmm_(x, y)
+    elif x.is_cuda:
+        torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
+    else:  # interpreted: PyTorch's CPU product would round its result to 16 bits
+        total.addmm_(x.float(), y.float())
+
+
+class FusedTileMaker(TileMaker):
+    """Hands out tiles that are not made yet, with room for their gradient."""
+
+    products: Any  # GpuProducts, which make no similarities
+
+    def __init__(self, stream: Stream, plan: TilePlan, products: GpuProducts) -> None:
+        self.stream, self.plan, self.products = stream, plan, products
+        self.dtype = torch.float32
+        self.unit: Tensor | None = None
+        u = stream.u
+        self.storage = u.new_empty(plan.workspace if plan.keep else 0, dtype=torch.float32)
+        self.parts = products.parts(plan)
+        self.room = u.new_empty(self.parts * min(plan.rows, plan.n) * min(plan.cols, plan.m))
+        self.row_ids, self.col_ids = stream.row_ids, stream.col_ids
+
+    def tile(
+        self,
+        rows: Chunk,
+        cols: Chunk,
+        a: Any,
+        b: Any,
+        *,
+        pairs: Pairs | None = None,
+        made: bool = False,
+    ) -> Tile:
+        """The tile of these chunks; `made`: its similarities are in the storage of the plan."""
+        from fastcl.kernels.triton.launch import FusedTile
+
+        if not made:
+            self.products.fused(a, b)
+        size, keep = rows.size * cols.size, self.plan.keep
+        start = rows.size * cols.start if keep else 0
+        described = self.described(rows, cols, pairs)
+        return FusedTile(
+            s=self.storage[start : start + size] if keep else self.storage,
+            **described,
+            u=a.padded,
+            v=b.padded,
+            unit=self.unit,
+            room=self.room[: self.parts * size].view(self.parts, rows.size, cols.size),
+            keep=keep,
+            made=made,
+        )
+
+
+class TritonBackend(StreamedPrimitives):
+    """Triton kernels for everything between the embeddings and G, cuBLAS for the gradients."""
+
+    made_for: tuple[str, ...] = ("cuda",)
+
+    def __init__(self) -> None:
+        self._tiles: TileKernels | None = None
+
+    @property
+    def kernels(self) -> TileKernels:  # type: ignore[override]
+        """The tile functions; Triton is imported when they are first wanted."""
+        if self._tiles is None:
+            from fastcl.kernels.triton.launch import TritonTiles
+
+            self._tiles = TritonTiles()
+        return self._tiles
+
+    def products(self, stream: Stream) -> Any:
+        """cuBLAS in the inputs' dtype; for float64 PyTorch's products over ordinary tiles."""
+        return (
+            super().products(stream)
+            if stream.u.dtype == torch.float64
+            else GpuProducts(stream.u.dtype)
+        )
+
+    def plan(self, stream: Stream, *, keep: bool = False) -> TilePlan:
+        """How the stream is cut into chunks."""
+        u, keys = stream.u, stream.keys
+        if u.dtype == torch.float64:
+            return super().plan(stream, keep=keep)
+        if stream.v is None:
+            return plan_symmetric_chunks(len(u), u.element_size(), stream.workspace)
+        n, m, dim = len(u), len(keys), u.shape[1]
+        return plan_chunks(n, m, dim, u.element_size(), stream.workspace, keep=keep)
+
+    def _maker(self, stream: Stream, *, keep: bool = False) -> TileMaker:
+        make = TileMaker if stream.u.dtype == torch.float64 else FusedTileMaker
+        return make(stream, self.plan(stream, keep=keep), self.products(stream))
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Needs Triton and a CUDA or ROCm device; in Triton's interpreter, a CPU tensor."""
+        if not installed():
+            return "Triton is not installed; pip install 'fastcl[gpu]' brings it"
+        if interpreted():
+            return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs on the CPU only"
+        if device.type != "cuda":
+            return f"the tensors are on {device}, and it works on CUDA and ROCm devices only"
+        return None

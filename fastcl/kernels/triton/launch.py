@@ -1,0 +1,268 @@
+"""From tiles to kernel launches: arguments, block shapes, and the partial sums of the blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels.tiles import Running, Side, Sums, Tile, TorchTiles
+from fastcl.kernels.triton.plan import KEPT, Blocks, blocks_for, small_blocks
+from fastcl.kernels.triton.sigmoid import sigmoid
+from fastcl.kernels.triton.softmax import gradient, merge, statistics
+from fastcl.kernels.triton.support import interpreted
+
+_MERGE_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class FusedTile(Tile):
+    """A tile whose similarities are made from `u` and `v` by the kernel that wants them.
+
+    ``s`` is where statistics keep them if `keep`, and where a gradient finds them if `made`; empty
+    otherwise. Gradients go to ``room``, one matrix or two whose sum is meant, multiplied by `unit`.
+    """
+
+    u: Tensor
+    v: Tensor
+    room: Tensor
+    unit: Tensor | None = None
+    keep: bool = False
+    made: bool = False
+
+    @property
+    def gradient(self) -> Tensor:
+        """Where G is after a gradient function."""
+        return self.room
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.u.shape[0], self.v.shape[0]
+
+    @property
+    def blocks(self) -> Blocks:
+        """How its kernels are cut."""
+        dim = self.u.shape[1]
+        if interpreted():
+            return small_blocks(dim)
+        if self.made:
+            return KEPT
+        return blocks_for(self.u.element_size(), dim, architecture(self.u.device))
+
+
+class TritonTiles(TorchTiles):
+    """The tile functions for fused tiles: each makes the similarities that it needs.
+
+    Other tiles (of float64, which the matrix units do not multiply) are left to PyTorch.
+    """
+
+    def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:
+        """Adds the tile to the running logsumexps of its rows, its columns, or both."""
+        if not isinstance(tile, FusedTile):
+            return super().softmax_statistics(tile, rows, cols)
+        n, m = tile.shape
+        of_rows = _partials(tile, rows, tile.blocks.across(m), n)
+        of_cols = _partials(tile, cols, tile.blocks.down(n), m)
+        _launch(
+            statistics,
+            tile,
+            *_pairs(tile),
+            tile.s,
+            *of_rows,
+            *of_cols,
+            PAIRS=tile.pairs is not None,
+            KEEP=tile.keep,
+            ROWS=rows is not None,
+            COLS=cols is not None,
+        )
+        _merge(of_rows, rows)
+        _merge(of_cols, cols)
+
+    def softmax_gradient(
+        self, tile: Tile, rows: Side | None, cols: Side | None, sums: Sums
+    ) -> None:
+        """tile.gradient <- scale_i G_ij."""
+        if not isinstance(tile, FusedTile):
+            return super().softmax_gradient(tile, rows, cols, sums)
+        self._gradient(tile, rows, cols, sums, scaled=True)
+
+    def softmax_online(self, tile: Tile, rows: Running, row_es: Tensor, rescale: Tensor) -> None:
+        """tile.gradient <- e^(l - new max); rescale <- e^(old max - new max); row_es += sum e s."""
+        if not isinstance(tile, FusedTile):
+            return super().softmax_online(tile, rows, row_es, rescale)
+        if not tile.keep:
+            tile = replace(tile, s=tile.u.new_empty(tile.shape, dtype=torch.float32), keep=True)
+        before = rows.max.clone()
+        self.softmax_statistics(tile, rows, None)
+        rescale.copy_(torch.exp(before - torch.where(rows.max == -torch.inf, 0.0, rows.max)))
+        row_es.mul_(rescale)
+        unit = Side(rows.max, torch.ones_like(rows.max))
+        self._gradient(replace(tile, made=True), unit, None, Sums(row_gs=row_es), scaled=False)
+
+    def _gradient(
+        self, tile: FusedTile, rows: Side | None, cols: Side | None, sums: Sums, *, scaled: bool
+    ) -> None:
+        partials = _sum_partials(tile, sums)
+        _launch(
+            gradient,
+            tile,
+            tile.s,
+            *((tile.s, tile.s) if rows is None else (rows.max, rows.weight)),
+            *((tile.s, tile.s) if cols is None else (cols.max, cols.weight)),
+            tile.room,
+            tile.scale if tile.unit is None else tile.unit,
+            *partials,
+            KEPT=tile.made,
+            SCALED=scaled,
+            UNIT=tile.unit is not None,
+            SPLIT=len(tile.room) == 2,
+            ROWS=rows is not None,
+            COLS=cols is not None,
+            **_wanted(sums),
+        )
+        _add_up(partials, sums)
+
+    def sigmoid(
+        self,
+        tile: Tile,
+        row_loss: Tensor | None,
+        row_weight: Tensor | None,
+        gradient: bool,
+        sums: Sums,
+    ) -> None:
+        """row_loss_i += sum_j softplus(l_ij); tile.gradient <- scale_i weight_i sigmoid(l)."""
+        if not isinstance(tile, FusedTile):
+            return super().sigmoid(tile, row_loss, row_weight, gradient, sums)
+        n, m = tile.shape
+        partials = _sum_partials(tile, sums)
+        loss = tile.s if row_loss is None else row_loss.new_empty(tile.blocks.across(m), n)
+        _launch(
+            sigmoid,
+            tile,
+            *_pairs(tile),
+            tile.s if row_weight is None else row_weight,
+            loss,
+            tile.room,
+            tile.scale if tile.unit is None else tile.unit,
+            *partials,
+            PAIRS=tile.pairs is not None,
+            WEIGHTS=row_weight is not None,
+            LOSS=row_loss is not None,
+            GRADIENT=gradient,
+            UNIT=tile.unit is not None,
+            SPLIT=len(tile.room) == 2,
+            **_wanted(sums),
+        )
+        if row_loss is not None:
+            row_loss += loss.sum(dim=0)
+        _add_up(partials, sums)
+
+
+def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> None:
+    """Runs a kernel over the blocks of a tile. Absent tensors are stood in for by the scale."""
+    n, m = tile.shape
+    blocks, nothing = tile.blocks, tile.scale
+    row_bias, ids = tile.row_bias, tile.row_ids is not None
+    with _on(tile.u.device):
+        kernel[(blocks.down(n) * blocks.across(m),)](
+            tile.u,
+            tile.v,
+            tile.scale,
+            nothing if row_bias is None else row_bias,
+            nothing if tile.col_bias is None else tile.col_bias,
+            tile.row_ids if ids else nothing,
+            tile.col_ids if ids else nothing,
+            *arguments,
+            n,
+            m,
+            0 if tile.diagonal is None else tile.diagonal,
+            tile.u.stride(0),
+            tile.v.stride(0),
+            D=tile.u.shape[1],
+            SCALES=1 + (tile.scale.numel() > 1),
+            ROW_BIAS=0 if row_bias is None else 1 + (row_bias.numel() > 1),
+            COL_BIAS=tile.col_bias is not None,
+            IDS=ids,
+            DIAGONAL=tile.diagonal is not None,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            BLOCK_K=blocks.k,
+            GROUP=blocks.group,
+            PRECISION=precision(tile.u.dtype),
+            UPCAST=interpreted() and tile.u.dtype == torch.bfloat16,
+            FAST=tile.u.dtype != torch.float32,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            **flags,
+        )
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the tensors' device, whichever is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; 0 where there are no such numbers (ROCm)."""
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as PyTorch is set."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def _pairs(tile: FusedTile) -> tuple[Tensor, Tensor]:
+    return (tile.s, tile.s) if tile.pairs is None else (tile.pairs.s, tile.pairs.logits)
+
+
+def _partials(
+    tile: FusedTile, running: Running | None, blocks: int, lines: int
+) -> tuple[Tensor, Tensor]:
+    """Room for a maximum and a sum of each line in each block."""
+    if running is None:
+        return tile.s, tile.s
+    both = running.max.new_empty(2, blocks, lines)
+    return both[0], both[1]
+
+
+def _merge(partials: tuple[Tensor, Tensor], running: Running | None) -> None:
+    if running is None:
+        return
+    blocks, lines = partials[0].shape
+    grid = (-(-lines // _MERGE_BLOCK),)
+    with _on(running.max.device):
+        merge[grid](*partials, running.max, running.sum, lines, blocks, BLOCK=_MERGE_BLOCK)
+
+
+def _wanted(sums: Sums) -> dict[str, bool]:
+    return {
+        "ROW_GS": sums.row_gs is not None,
+        "ROW_G": sums.row_g is not None,
+        "COL_G": sums.col_g is not None,
+    }
+
+
+def _sum_partials(tile: FusedTile, sums: Sums) -> list[Tensor]:
+    """Room for the sums of each block."""
+    n, m = tile.shape
+    across, down = tile.blocks.across(m), tile.blocks.down(n)
+    sizes = ((sums.row_gs, across), (sums.row_g, across), (sums.col_g, down))
+    return [tile.s if x is None else x.new_empty(blocks, len(x)) for x, blocks in sizes]
+
+
+def _add_up(partials: list[Tensor], sums: Sums) -> None:
+    """Adds the blocks' sums to those of the lines, in a fixed order."""
+    for total, partial in zip((sums.row_gs, sums.row_g, sums.col_g), partials, strict=True):
+        if total is not None:
+            total += partial.sum(dim=0)

@@ -1,0 +1,114 @@
+"""How a matrix is cut for a GPU: chunks for the matrix products, blocks for the kernels.
+
+Pure functions of shapes, dtype, architecture and budget. A chunk is one launch of a kernel, and two
+matrix products for the gradients; a block is one program of the launch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastcl.kernels.plan import TilePlan, plan_symmetric, plan_tiles
+
+ALIGNMENT = 16
+"""Elements to which rows are padded for the kernels: unaligned, they would be copied one by one."""
+CHUNK = (5632, 16384)
+"""Rows and columns of a chunk, where the budget allows: 185 MB of G in 16 bits, and few passes over
+the float32 accumulators, which are what a chunk reads and writes beside G."""
+KEPT_CHUNK = (4096, 16384)
+FEWEST_KEPT_ROWS = 2048  # fewer would read and write the accumulator of v for too little work
+SYMMETRIC_CHUNK = 8192
+SPLIT_UP_TO = 1 << 22  # pairs
+
+
+class Blocks(NamedTuple):
+    """The block of one program, and how Triton compiles it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def down(self, rows: int) -> int:
+        """Blocks along the rows."""
+        return -(-rows // self.m)
+
+    def across(self, cols: int) -> int:
+        """Blocks along the columns."""
+        return -(-cols // self.n)
+
+
+def blocks_for(itemsize: int, dim: int, arch: int = 90) -> Blocks:
+    """The block for embeddings of `itemsize` bytes and dimension `dim`, on sm_`arch`.
+
+    128 x 128 float32 accumulators take 64 registers of each thread; 128 x 256 would leave none for
+    the exponentials, and from sm_100 on, or with float32 operands, so would 128 x 128. There are at
+    least two steps of the products, so that the copies of one are in flight while the other is
+    multiplied.
+
+    >>> blocks_for(2, 768)
+    Blocks(m=128, n=128, k=64, warps=8, stages=3, group=8)
+    >>> blocks_for(2, 64).k
+    32
+    """
+    k = 64 if itemsize == 2 else 32
+    while k > 16 and k >= dim:
+        k //= 2
+    steps = -(-dim // k)
+    return Blocks(128, 64 if arch >= 100 or itemsize > 2 else 128, k, 8, max(1, min(3, steps)))
+
+
+KEPT = Blocks(32, 128, 16, 4, 1)
+"""The block where similarities are read, not made: nothing is multiplied, so it may be small."""
+
+
+def small_blocks(dim: int) -> Blocks:
+    """Blocks for the interpreter, where a program costs more than its arithmetic."""
+    return Blocks(32, 64, 16 if dim <= 16 else 64, 4, 1)
+
+
+def plan_chunks(
+    n: int, m: int, dim: int, itemsize: int, workspace: int, *, keep: bool = False
+) -> TilePlan:
+    """Cuts an n x m matrix into chunks whose storage fits `workspace` bytes.
+
+    Args:
+        n, m, dim: rows, columns, and the dimension of the embeddings.
+        itemsize: bytes of an embedding's element, and so of G's.
+        workspace: budget in bytes, for G, a chunk of rows' float32 gradient, and kept similarities.
+        keep: ask for rows of similarities that stay, in float32, until their gradient is made:
+            three products in place of four. Granted where at least 2048 rows (or all) fit.
+
+    >>> plan_chunks(65536, 65536, 768, 2, 256 << 20)
+    TilePlan(n=65536, m=65536, rows=5632, cols=16384, keep=False)
+    """
+    line = 4 * dim
+    if keep:
+        plan = plan_tiles(
+            n, m, 4 + itemsize, workspace, keep=True, tile=KEPT_CHUNK,
+            fewest_rows=FEWEST_KEPT_ROWS, line_bytes=line,
+        )  # fmt: skip
+        if plan.keep:
+            return plan
+    return plan_tiles(n, m, itemsize, workspace, tile=CHUNK, line_bytes=line)
+
+
+def plan_symmetric_chunks(n: int, itemsize: int, workspace: int) -> TilePlan:
+    """Square chunks for a symmetric matrix, of which only the upper half is made."""
+    return plan_symmetric(n, itemsize, workspace, tile=SYMMETRIC_CHUNK)
+
+
+def parts_of_gradient(plan: TilePlan, itemsize: int) -> int:
+    """In how many matrices G enters its products: 2 (what was rounded, and the rest) or 1.
+
+    One 16-bit G errs by 2^-9 of each entry. Over thousands of pairs that averages out below the
+    rounding of the result; over a few it shows, and there the products cost nothing.
+
+    >>> parts_of_gradient(plan_chunks(1024, 1024, 512, 2, 256 << 20), 2)
+    2
+    >>> parts_of_gradient(plan_chunks(65536, 65536, 512, 2, 256 << 20), 2)
+    1
+    """
+    return 2 if itemsize == 2 and plan.n * plan.m <= SPLIT_UP_TO else 1

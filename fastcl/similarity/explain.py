@@ -1,0 +1,166 @@
+"""What a loss is going to do, before it does it: chunks, products, launches, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastcl.kernels import dispatch
+from fastcl.kernels.dispatch import Stream
+from fastcl.kernels.dtypes import accumulation_dtype
+from fastcl.kernels.plan import TilePlan
+from fastcl.similarity.inputs import check_choice, check_dtype, check_workspace
+
+LossName = Literal["info_nce", "clip_loss", "siglip_loss", "nt_xent"]
+_LOSSES = ("info_nce", "clip_loss", "siglip_loss", "nt_xent")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of one loss, forward and backward. Printing it gives a table.
+
+    Attributes:
+        plan: rows and columns of a tile (on a GPU: a chunk, of one launch).
+        tiles: how many are made in one pass over the matrix.
+        passes: what is done with each tile, in order.
+        products: matrix products over the whole matrix, in units of 2 N M D FLOP.
+        flops: FLOP of all products.
+        launches: kernel launches and library products (on a CPU: calls).
+        workspace: bytes of tile storage.
+        accumulators: bytes of gradients in float32 (float64) beside those that are returned.
+    """
+
+    loss: str
+    backend: str
+    dtype: torch.dtype
+    n: int
+    m: int
+    dim: int
+    plan: TilePlan
+    tiles: int
+    passes: tuple[str, ...]
+    products: float
+    flops: float
+    launches: int
+    workspace: int
+    accumulators: int
+
+    def __str__(self) -> str:
+        plan, kept = self.plan, ", kept until their gradient is made" if self.plan.keep else ""
+        rows = [
+            ("loss", f"{self.loss}, {self.n} x {self.m} pairs, D = {self.dim}, {self.dtype}"),
+            ("backend", self.backend),
+            ("tiles", f"{self.tiles} of up to {plan.rows} x {plan.cols}{kept}"),
+            ("passes", "; ".join(self.passes)),
+            ("products", f"{self.products:.3g} x 2NMD = {self.flops / 1e12:.3g} TFLOP"),
+            ("launches", str(self.launches)),
+            ("workspace", f"{self.workspace / 2**20:.0f} MiB of tiles"),
+            ("accumulators", f"{self.accumulators / 2**20:.0f} MiB of float32"),
+        ]
+        return "\n".join(f"{name:<13} {text}" for name, text in rows)
+
+
+def explain(
+    loss: LossName,
+    n: int,
+    d: int,
+    *,
+    m: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    workspace: int | None = None,
+) -> Explanation:
+    """How a loss's forward and backward would be computed: nothing is computed here.
+
+    The plan is a function of these arguments alone, so that a plan for a GPU can be read without
+    one.
+
+    Args:
+        loss: "info_nce", "clip_loss", "siglip_loss" or "nt_xent", with mean or sum and gradients
+            for all embeddings.
+        n: rows of each tower (nt_xent: of each view).
+        d: dimension of the embeddings.
+        m: keys of info_nce with separate negatives; None: n.
+        dtype: of the embeddings.
+        backend: "cpu", "torch", "triton"; "auto": the one for CPU tensors.
+        workspace: bytes that the tiles may take; None: the backend's default.
+
+    Raises:
+        ValueError, TypeError: for a loss, size, dtype or backend that there is not.
+
+    Example:
+        >>> import fastcl, torch
+        >>> plan = fastcl.explain("clip_loss", 65536, 768, dtype=torch.bfloat16, backend="triton")
+        >>> plan.products, plan.tiles
+        (4.0, 48)
+        >>> print(plan)  # doctest: +ELLIPSIS
+        loss          clip_loss, 65536 x 65536 pairs, D = 768, torch.bfloat16
+        ...
+    """
+    check_choice("loss", loss, _LOSSES)
+    check_dtype("loss", dtype)
+    for name, size in (("n", n), ("d", d), ("m", n if m is None else m)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{name} is {size!r}; expected a positive number of rows or dimensions"
+            )
+    if m is not None and loss != "info_nce":
+        raise ValueError(f"m has no meaning for {loss}, which pairs all rows: leave it out")
+    dispatch.check_name(backend)
+    if backend == dispatch.AUTO:
+        backend = dispatch.resolve(backend, torch.device("cpu"))
+    if backend == dispatch.REFERENCE:
+        raise ValueError("the reference stores the whole matrix: there is no plan to explain")
+    symmetric = loss == "nt_xent"
+    n, m = (2 * n, 2 * n) if symmetric else (n, m or n)
+    found = dispatch.get(backend)
+    u, v = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, m))
+    scale = torch.empty(1, device="meta")
+    budget = check_workspace(workspace, found.default_workspace)
+    stream = Stream(u, None if symmetric else v, scale, None, None, None, None, 0, budget)
+    plan = found.plan(stream, keep=loss == "info_nce")
+    rows, cols = list(plan.row_chunks()), list(plan.col_chunks())
+    pairs = [(r, c) for r in rows for c in cols if not symmetric or c.start >= r.start]
+    # Of the symmetric matrix, tiles on the diagonal have no mirror image.
+    diagonal = [(r, c) for r, c in pairs if symmetric and r.start == c.start]
+    parts = found.products(stream).parts(plan)
+    if loss == "siglip_loss":
+        passes: tuple[str, ...] = ("loss and gradient", "two gradient products")
+        made = kernels = 1
+    elif plan.keep:
+        passes = ("statistics", "gradient from kept similarities", "two gradient products")
+        made, kernels = 1, 2
+    else:
+        passes = ("statistics", "gradient from similarities made again", "two gradient products")
+        made, kernels = 2, 2
+    area, mirrorless = (sum(r.size * c.size for r, c in some) for some in (pairs, diagonal))
+    products = (made * area + parts * (2 * area - mirrorless)) / (n * m)
+    launches = len(pairs) * (kernels + 2 * parts) - len(diagonal) * parts
+    fused = backend == "triton" and dtype != torch.float64
+    if fused and loss != "siglip_loss":  # partial statistics are merged in launches of their own
+        launches += len(pairs) * (1 if loss == "info_nce" else 2) - len(diagonal)
+    wide = accumulation_dtype(dtype)
+    if loss in ("info_nce", "siglip_loss"):  # made in the forward, they wait for the backward
+        accumulators = (n + m) * d
+    else:
+        accumulators = (m + min(plan.rows, n)) * d if dtype != wide else 0
+    tile = parts * min(plan.rows, n) * min(plan.cols, m)
+    stored = plan.workspace * wide.itemsize if plan.keep or not fused else 0
+    return Explanation(
+        loss,
+        backend,
+        dtype,
+        n,
+        m,
+        d,
+        plan,
+        len(pairs),
+        passes,
+        round(products, 3),
+        products * 2.0 * n * m * d,
+        launches,
+        stored + (tile * dtype.itemsize if fused else 0),
+        accumulators * wide.itemsize,
+    )

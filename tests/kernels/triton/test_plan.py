@@ -1,0 +1,76 @@
+"""Chunks and blocks for a GPU: pure functions, within their budget."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastcl.kernels.triton import plan
+from fastcl.kernels.triton.plan import (
+    CHUNK,
+    FEWEST_KEPT_ROWS,
+    blocks_for,
+    parts_of_gradient,
+    plan_chunks,
+    plan_symmetric_chunks,
+)
+
+lengths = st.integers(1, 1 << 21)
+dims = st.sampled_from([1, 7, 64, 100, 512, 768, 1152, 4096])
+itemsizes = st.sampled_from([2, 4])
+budgets = st.integers(32 << 20, 4 << 30)
+
+
+@given(lengths, lengths, dims, itemsizes, budgets, st.booleans())
+def test_chunks_cover_the_matrix_within_the_budget(
+    n: int, m: int, dim: int, itemsize: int, budget: int, keep: bool
+) -> None:
+    cut = plan_chunks(n, m, dim, itemsize, budget, keep=keep)
+    assert sum(c.size for c in cut.row_chunks()) == n
+    assert sum(c.size for c in cut.col_chunks()) == m
+    rows, cols = min(cut.rows, n), min(cut.cols, m)
+    kept = rows * m * 4 if cut.keep else 0
+    gradient = rows * cols * itemsize
+    assert kept + gradient + rows * 4 * dim <= budget or (cut.rows <= 16 and cut.cols <= 64)
+    if cut.keep:
+        assert rows >= min(n, FEWEST_KEPT_ROWS)
+    assert rows * cols < 1 << 31  # offsets within partial sums are 32-bit
+
+
+@given(lengths, itemsizes, budgets)
+def test_symmetric_chunks_are_square(n: int, itemsize: int, budget: int) -> None:
+    cut = plan_symmetric_chunks(n, itemsize, budget)
+    assert cut.rows == cut.cols
+    assert min(cut.rows, n) ** 2 * itemsize <= budget
+
+
+def test_the_default_budget_takes_the_whole_chunk() -> None:
+    cut = plan_chunks(65536, 65536, 768, 2, 256 << 20)
+    assert (cut.rows, cut.cols) == CHUNK
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [1, 7, 16, 64, 100, 768, 4096])
+def test_blocks_are_what_the_matrix_units_take(dim: int, itemsize: int, arch: int) -> None:
+    block = blocks_for(itemsize, dim, arch)
+    assert block.k >= 16
+    assert dim <= 16 or -(-dim // block.k) >= 2  # copies are in flight while a step is multiplied
+    assert {block.m, block.n} <= {64, 128}
+    assert block.down(1) == block.across(1) == 1
+    assert block.down(129) * block.m >= 129
+
+
+def test_small_problems_split_g() -> None:
+    small, large = (plan_chunks(n, n, 512, 2, 256 << 20) for n in (2048, 2049))
+    assert (parts_of_gradient(small, 2), parts_of_gradient(large, 2)) == (2, 1)
+    assert parts_of_gradient(small, 4) == 1
+
+
+def test_doctests() -> None:
+    failed, tried = doctest.testmod(plan)
+    assert tried >= 5
+    assert failed == 0
