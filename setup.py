@@ -22,30 +22,30 @@ class CMakeBuild(build_ext):
     """One CMake build for all of csrc/."""
 
     def build_extension(self, ext):
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake",
-            "-S",
-            str(HERE),
-            "-B",
-            str(build),
-            "-G",
-            "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ]
         # A cache of an earlier isolated build names a ninja that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         try:
+            import pybind11  # not there under --no-build-isolation, unless it is installed
+
+            configure = [
+                "cmake",
+                "-S",
+                str(HERE),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            ]
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", str(build)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             # The error that setuptools lets an optional extension have.
             raise CompileError(f"the compiled kernels were not built: {error}") from error
 

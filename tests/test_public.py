@@ -22,7 +22,7 @@ import fastcl.compat.open_clip
 ROOT = Path(fastcl.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FUNCTIONS = sorted(n for n in fastcl.__all__ if isinstance(getattr(fastcl, n), FunctionType))
-SPECIFIED = sorted(set(FUNCTIONS) - {"available_backends", "use_backend"})
+SPECIFIED = sorted(set(FUNCTIONS) - {"available_backends", "explain", "use_backend"})
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages([str(ROOT)], "fastcl.")
@@ -83,6 +83,8 @@ def test_the_other_functions_have_a_summary_and_an_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fastcl", *MODULES])
 def test_doctests(name: str) -> None:
+    if name.startswith("fastcl.kernels.triton."):
+        pytest.importorskip("triton", reason="Triton is not installed")
     module = importlib.import_module(name)
     assert module.__doc__, "a module says what it is for"
     assert doctest.testmod(module).failed == 0

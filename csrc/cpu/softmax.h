@@ -210,17 +210,20 @@ void patch_gradient(const Tile<T>& strip, std::int64_t i0, std::int64_t n, Side<
     const T row_ref = kRows ? finite_or_zero(rows.max[i]) : T(0);
     const T row_weight = kRows ? rows.weight[i] : T(0);
     const T row_factor = shared ? row_weight * exp(top - row_ref) : T(0);
+    // The maxima are of tiles that were made before; of this one, a last bit may differ, and at
+    // logits of 1e9 that is more than e^x can take.
+    const auto exp_below = [](V x) { return exp(x > V{} ? V{} : x); };
     V gs = {}, g_sum = {};
     for (std::int64_t j = 0; j < end; j += width) {
       const std::int64_t left = strip.cols - j;
       V s, g = {};
       const V l = logits(strip, row, j, s);
       if (kRows && kCols && shared) {
-        g = exp(l - top) * (load<V>(col_factor + j) + row_factor);
+        g = exp_below(l - top) * (load<V>(col_factor + j) + row_factor);
       } else {
-        if (kRows) g = exp(l - row_ref) * row_weight;
+        if (kRows) g = exp_below(l - row_ref) * row_weight;
         if (kCols)
-          g += exp(l - finite_or_zero_lanes<T>(load_first<V>(cols.max + j, left))) *
+          g += exp_below(l - finite_or_zero_lanes<T>(load_first<V>(cols.max + j, left))) *
                load_first<V>(cols.weight + j, left);
       }
       gs += g * s;

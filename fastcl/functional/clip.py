@@ -43,7 +43,7 @@ def clip_loss(
         ids: integers [N]; rows with equal ids are never each other's negatives.
         reduction: "mean", "sum", or "none" -> [N], the mean of an index's two directions.
         normalize: divide the rows by their L2 norm first.
-        backend: "auto", "reference", "torch" or "cpu".
+        backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
     Returns:

@@ -58,7 +58,7 @@ def info_nce(
         ids: integers [N]; rows with equal ids are never each other's in-batch negatives.
         reduction: "mean", "sum", or "none" -> [N].
         normalize: divide all rows by their L2 norm first.
-        backend: "auto", "reference", "torch" or "cpu".
+        backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB. One direction keeps rows of
             tiles (512 x M numbers) where they fit and saves a product.
 
@@ -81,7 +81,7 @@ def info_nce(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
     in_batch = negative_keys is None if in_batch is None else in_batch
-    _check_options(negative_keys, in_batch, symmetric, ids)
+    _check_options(negative_keys, negative_mode, in_batch, symmetric, ids)
     ids = check_ids("ids", ids, query.shape[0], query)
     if negative_keys is not None:
         query, positive_key, negative_keys = _check_negatives(
@@ -136,8 +136,13 @@ def info_nce(
 
 
 def _check_options(
-    negative_keys: Tensor | None, in_batch: bool, symmetric: bool, ids: Tensor | None
+    negative_keys: Tensor | None, mode: str, in_batch: bool, symmetric: bool, ids: Tensor | None
 ) -> None:
+    if negative_keys is None and mode == "paired":
+        raise ValueError(
+            'negative_mode="paired" has no meaning without negative_keys [N, M, D], each query\'s '
+            'own: pass them, or leave negative_mode at "unpaired"'
+        )
     if negative_keys is None and not in_batch:
         raise ValueError(
             "in_batch=False without negative_keys leaves no negatives: pass negative_keys, or "

@@ -46,7 +46,7 @@ def nt_xent(
         ids: integers [N]; samples with equal ids are never each other's negatives.
         reduction: "mean", "sum", or "none" -> [2N], the anchors of z0 and then those of z1.
         normalize: divide the rows by their L2 norm first.
-        backend: "auto", "reference", "torch" or "cpu".
+        backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
     Returns:

@@ -49,7 +49,7 @@ def siglip_loss(
         ids: integers [N]; pairs of different rows with equal ids are left out.
         reduction: "mean", "sum", or "none" -> [N], each image's sum over all texts.
         normalize: divide the rows by their L2 norm first.
-        backend: "auto", "reference", "torch" or "cpu".
+        backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcl.functional.common import REDUCTIONS, Reduction
 from fastcl.kernels.dispatch import check_name
-from fastcl.similarity.inputs import check_choice, check_workspace
+from fastcl.similarity.inputs import check_choice, check_workspace, python_number
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -41,11 +41,10 @@ class Loss(nn.Module):
         check_choice("reduction", reduction, REDUCTIONS)
         check_flag("normalize", normalize)
         check_name(backend)
-        check_workspace(workspace, default=0)
+        self.workspace = None if workspace is None else check_workspace(workspace, default=0)
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
-        self.workspace = workspace
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,6 +66,7 @@ class TemperatureLoss(Loss):
     def __init__(self, temperature: float, learn_temperature: bool, **options: Any) -> None:
         super().__init__(**options)
         check_flag("learn_temperature", learn_temperature)
+        temperature = python_number(temperature)
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(
                 f"temperature must be a number, not {type(temperature).__name__}; "

@@ -82,7 +82,7 @@ def check_stream(
     if (row_ids is None) != (col_ids is None):
         given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
         raise ValueError(f"{given} is given without {missing}: ids of both sides are compared")
-    check_diagonal(diagonal_name, diagonal, m)
+    diagonal = check_diagonal(diagonal_name, diagonal, m)
     scale = check_scale("scale", scale, u)
     row_bias = check_vector("row_bias", row_bias, n, u)
     col_bias = check_vector("col_bias", col_bias, m, u)

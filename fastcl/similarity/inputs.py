@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,11 +51,12 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
     return promoted(*tensors)
 
 
-def check_dtype(name: str, x: Tensor) -> None:
-    """A dtype that embeddings may have."""
-    if x.dtype not in SUPPORTED:
+def check_dtype(name: str, x: Tensor | torch.dtype) -> None:
+    """A dtype that embeddings may have, or one of a tensor."""
+    dtype = x.dtype if isinstance(x, Tensor) else x
+    if dtype not in SUPPORTED:
         raise TypeError(
-            f"{name} has dtype {x.dtype}; expected one of "
+            f"{name} has dtype {dtype}; expected one of "
             + ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED)
         )
 
@@ -100,6 +102,16 @@ def check_paired(**named: Tensor) -> None:
         )
 
 
+def python_number(value: Any) -> Any:
+    """A NumPy scalar as the Python number it stands for; everything else, bools too, as it is.
+
+    (torch.compile traces a NumPy scalar that is passed to it as an array, which is refused.)
+    """
+    if isinstance(value, np.floating):
+        return float(value)
+    return int(value) if isinstance(value, np.integer) else value
+
+
 def check_number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A float, or a tensor with one element, as a 0-dim tensor in the accumulation dtype."""
     return check_scale(name, value, like, per_row=False)
@@ -119,6 +131,7 @@ def check_scale(name: str, value: float | Tensor, like: Tensor, *, per_row: bool
         raise ValueError(
             f"{name} has shape {_shape(value)}; expected a float or a tensor with one element{rows}"
         )
+    value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor with one element, not {_type(value)}")
     if not abs(value) < math.inf:  # NaN too; math.isfinite cannot be traced
@@ -161,16 +174,18 @@ def check_ids(name: str, ids: Tensor | None, length: int, like: Tensor) -> Tenso
     return ids.to(device=like.device, dtype=torch.int64)
 
 
-def check_diagonal(name: str, diagonal: int | None, columns: int) -> None:
+def check_diagonal(name: str, diagonal: int | None, columns: int) -> int | None:
     """The column of row 0's pair, or None."""
     if diagonal is None:
-        return
+        return None
+    diagonal = python_number(diagonal)
     if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int or None, not {_type(diagonal)}")
     if diagonal < 0 or diagonal >= columns:
         raise ValueError(
             f"{name} is {diagonal}; expected 0 to {columns - 1}, the column of row 0's pair"
         )
+    return diagonal
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -179,16 +194,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
-def check_divisor(divisor: int) -> None:
+def check_divisor(divisor: int) -> int:
     """A count to divide a sum by."""
+    divisor = python_number(divisor)
     if isinstance(divisor, bool) or not isinstance(divisor, (int, torch.SymInt)) or divisor < 1:
         raise ValueError(f"divisor is {divisor!r}; expected a count of at least 1")
+    return divisor
 
 
 def check_workspace(workspace: int | None, default: int) -> int:
     """A budget in bytes; None takes the backend's default."""
     if workspace is None:
         return default
+    workspace = python_number(workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace must be a number of bytes (an int), not {_type(workspace)}")
     if workspace < 1 << 16:

@@ -50,7 +50,7 @@ def similarity_logsumexp(
         mask_diagonal: drop the pairs (i, i + mask_diagonal); 0 drops each row's own index.
         row_ids, col_ids: integers [N] and [M]; pairs with equal ids are dropped.
         dim: "rows" -> [N], "cols" -> [M], "both" -> a tuple of the two, from one pass.
-        backend: "auto", "reference", "torch" or "cpu".
+        backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which a pass over tiles
             uses some 8 MiB.
 
@@ -84,8 +84,9 @@ def similarity_logsumexp(
     if args.backend == dispatch.REFERENCE:
         count = min(len(args.u), len(args.keys))
         diag_bias = check_vector("diag_bias", diag_bias, count, args.u)
+        mask = args.diagonal if diag_bias is None else None
         return reference.similarity_logsumexp(
-            args.u, args.v, **args.logits, diag_bias=diag_bias, mask_diagonal=mask_diagonal, dim=dim
+            args.u, args.v, **args.logits, diag_bias=diag_bias, mask_diagonal=mask, dim=dim
         )
     statistics = line_statistics(args, dim)
     rows, cols = statistics.rows.whole(), statistics.cols.whole()

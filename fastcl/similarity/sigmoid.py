@@ -65,7 +65,7 @@ def similarity_sigmoid(
     Source: SigLIP (Zhai et al. 2023, section 3.2, eq. 1), before the division by N.
     """
     check_choice("reduction", reduction, ("sum", "rows"))
-    check_divisor(divisor)
+    divisor = check_divisor(divisor)
     if v is None:
         raise TypeError("v must be a tensor [M, D]")
     args = check_stream(
@@ -78,7 +78,7 @@ def similarity_sigmoid(
             args.keys,
             **args.logits,
             bias=bias,
-            positives=positives,
+            positives=args.diagonal,
             reduction=reduction,
             divisor=divisor,
         )
@@ -90,7 +90,7 @@ def similarity_sigmoid(
         return total
     rows: Tensor
     rows, logits, _ = ops.sigmoid_rows(*args)
-    if positives is not None:
+    if args.diagonal is not None:
         positive_loss = torch.logaddexp(-logits, torch.zeros_like(logits))
         padding = rows.new_zeros(rows.shape[0] - logits.shape[0])
         rows = rows + torch.cat([positive_loss, padding])

@@ -68,6 +68,7 @@ def similarity_weighted_logsumexp(
     args = check_stream(
         u, v, scale, row_bias, col_bias, row_ids, col_ids, backend, workspace, positives=positives
     )
+    positives = args.diagonal
     if positives is not None:
         if add_zero:
             raise ValueError("add_zero stands for a positive that is no row of v: drop positives")
@@ -78,7 +79,7 @@ def similarity_weighted_logsumexp(
                 f"positives={positives} puts row {args.u.shape[0] - 1}'s positive past the last of "
                 f"v's {v.shape[0]} rows; expected at least {args.u.shape[0] + positives} rows"
             )
-    check_divisor(divisor)
+    divisor = check_divisor(divisor)
     weights = check_vector("weights", weights, args.u.shape[0], args.u)
     if add_zero and row_bias is not None:  # enters after the stream: kept as exact as it came
         args = args._replace(row_bias=row_bias.to(args.u.device))

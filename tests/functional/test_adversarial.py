@@ -35,7 +35,7 @@ def _long(x: Tensor) -> Tensor:
 KINDS = {"equal": _equal, "opposite": _opposite, "one-hot": _one_hot, "norm-1e4": _long}
 
 
-def _draws(case: Case, kind: Callable[[Tensor], Tensor]) -> list[Tensors]:
+def nasty_draws(case: Case, kind: Callable[[Tensor], Tensor]) -> list[Tensors]:
     """Each draw also with its second tower turned round: every positive as far away as can be.
 
     Both in one measurement, since where everything cancels the true gradient is 0, and what an
@@ -52,4 +52,4 @@ def _draws(case: Case, kind: Callable[[Tensor], Tensor]) -> list[Tensors]:
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_nasty_embeddings(case: Case, dtype: torch.dtype, kind: str) -> None:
     ways = [{"backend": backend} for backend in streamed_backends()]
-    check_rule(case, dtype, _draws(case, KINDS[kind]), *ways)
+    check_rule(case, dtype, nasty_draws(case, KINDS[kind]), *ways)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,11 +23,20 @@ def info_nce(*args: Any, **options: Any) -> Tensor:
     ("args", "options", "error", "message"),
     [
         ((), {"temperature": 0.0}, ValueError, "temperature is 0.0; expected a positive number"),
+        ((), {"temperature": np.float32(0)}, ValueError, "temperature is 0.0; expected a positive"),
+        ((), {"temperature": np.True_}, TypeError, "temperature must be a float .* not bool"),
         ((), {"temperature": -1}, ValueError, "temperature is -1; expected a positive"),
         ((), {"temperature": torch.ones(4)}, ValueError, r"temperature has shape \[4\]"),
         ((), {"reduction": "avg"}, ValueError, "reduction='avg' is not known"),
         ((), {"negative_mode": "both"}, ValueError, "negative_mode='both' is not known"),
         ((), {"in_batch": False}, ValueError, "in_batch=False without negative_keys leaves no"),
+        ((), {"negative_mode": "paired"}, ValueError, '"paired" has no meaning without negative_k'),
+        (
+            (),
+            {"negative_mode": "paired", "in_batch": True},
+            ValueError,
+            '"paired" has no meaning without negative_keys',
+        ),
         ((K,), {"symmetric": True}, ValueError, "symmetric=True has no meaning with negative_keys"),
         ((K,), {"ids": torch.arange(4)}, ValueError, "ids mark in-batch false negatives"),
         (([1.0],), {}, TypeError, "negative_keys must be a tensor, not list"),
@@ -67,6 +77,13 @@ def test_info_nce_refuses(
         info_nce(*args, **options)
 
 
+def test_the_module_refuses_paired_without_negatives_too() -> None:
+    loss = fastcl.losses.InfoNCELoss(negative_mode="paired")
+    with pytest.raises(ValueError, match='"paired" has no meaning without negative_keys'):
+        loss(Q, K)
+    assert loss(Q, K, torch.randn(4, 2, 3)).isfinite()
+
+
 @pytest.mark.parametrize(
     ("loss", "names"),
     [
@@ -84,7 +101,9 @@ def test_paired_rows_are_required(loss: Any, names: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("form", [float, torch.tensor, lambda x: torch.tensor([x])])
+@pytest.mark.parametrize(
+    "form", [float, np.float32, np.float64, torch.tensor, lambda x: torch.tensor([x])]
+)
 def test_scale_as_number_or_tensor(form: Any, reduction: Any) -> None:
     for loss, arguments in (
         (fastcl.info_nce, {"temperature": 0.2}),

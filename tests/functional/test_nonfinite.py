@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastcl
 from tests.cases import ALL, DTYPES, Case, Tensors
 from tests.rule import cast
 
@@ -95,3 +96,14 @@ def test_nan_with_gradients_made_in_the_forward(case: Case, backend: str) -> Non
     assert any(x.isnan().any() for x in outputs)
     sum(x.nan_to_num(0.0).sum() + x[x.isnan()].sum() for x in outputs).backward()
     assert leaves[name].grad.isnan().any()
+
+
+@pytest.mark.parametrize("bias", [-torch.inf, torch.inf])
+def test_a_zero_beside_an_infinite_row(bias: float, backend: str) -> None:
+    """An empty row of log(1 + sum) is worth 0; an infinite one makes the sum infinite."""
+    u, v = torch.randn(5, 4), torch.randn(7, 4)
+    row_bias = torch.tensor([0.0, bias, 1.0, 0.0, 0.0])
+    how = {"row_bias": row_bias, "add_zero": True}
+    found = fastcl.similarity_weighted_logsumexp(u, v, backend=backend, **how)
+    right = fastcl.similarity_weighted_logsumexp(u, v, backend="reference", **how)
+    torch.testing.assert_close(found, right)

@@ -31,6 +31,13 @@ def test_many_tiles(case: Case, n: int, d: int) -> None:
     check_rule(case, torch.float32, draws, *MANY_TILES)
 
 
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_a_tall_tile(case: Case) -> None:
+    """At the default workspace, so that one tile has many blocks of rows."""
+    draws = [case.tensors(seed, 600, 6, scale=5.0, cone=True) for seed in range(2)]
+    check_rule(case, torch.float32, draws, *WAYS)
+
+
 @pytest.mark.parametrize("dim", ["rows", "cols", "both"])
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 40, 3), (40, 1, 3), (1, 1, 1), (1, 700, 1)])
 def test_one_row_or_one_column(n: int, m: int, d: int, dim: str) -> None:

@@ -70,7 +70,7 @@ def test_bfloat16_losses_do_not_depend_on_threads(case: Case) -> None:
 
 # ---- single tiles ------------------------------------------------------------------------------
 
-ROWS, COLS = 200, 1500  # several tasks of 64 rows, and several patches of columns
+ROWS, COLS = 200, 1500  # several blocks of rows, and several patches of columns
 
 
 class Inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,6 +75,28 @@ def test_a_context_is_its_threads_own() -> None:
     assert _chosen() == free
 
 
+def test_contexts_of_two_threads_that_overlap_leave_nothing_behind() -> None:
+    """What torch.compile guards on is one name for all threads."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fastcl.use_backend("torch"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with fastcl.use_backend("reference"):
+        thread.start()
+        assert entered.wait(10)
+        assert dispatch._forced_last == "torch"
+    leave.set()
+    thread.join()
+    assert dispatch._forced_last == "auto"
+    with fastcl.use_backend("torch"), fastcl.use_backend("reference"):
+        assert dispatch._forced_last == "reference"
+    assert dispatch._forced_last == "auto"
+
+
 def test_an_explicit_argument_wins_over_the_context() -> None:
     with fastcl.use_backend("reference"):
         assert dispatch.resolve("torch", CPU) == "torch"
@@ -106,7 +129,7 @@ def test_a_context_reaches_the_losses(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "Auto"])
 def test_unknown_names_are_refused_with_the_list(name: str) -> None:
     u = torch.randn(4, 3)
-    every = "auto, reference, torch, cpu"
+    every = "auto, reference, torch, triton, cpu"
     for call in (
         lambda: fastcl.clip_loss(u, u, 2.0, backend=name),
         lambda: fastcl.similarity_logsumexp(u, backend=name),
@@ -158,6 +181,25 @@ def test_without_compiled_kernels_auto_falls_back_and_says_so_once(
         dispatch.resolve("cpu", CPU)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda u: fastcl.clip_loss(u, u, 2.0),
+        lambda u: fastcl.similarity_logsumexp(u),
+        lambda u: fastcl.losses.NTXentLoss()(u, u),
+    ],
+    ids=["loss", "primitive", "module"],
+)
+def test_the_fallbacks_warning_points_at_the_users_line(
+    call: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_backend, "_extension", None)
+    monkeypatch.setattr(dispatch, "_said", set())
+    with pytest.warns(RuntimeWarning) as said:
+        call(torch.randn(4, 3))
+    assert [(w.filename, w.lineno) for w in said] == [(__file__, call.__code__.co_firstlineno)]
+
+
 class _Mine(TorchBackend):
     """A backend for one device type that counts its calls."""
 
@@ -195,5 +237,5 @@ def test_auto_prefers_what_was_registered_last() -> None:
 
 
 def test_what_a_test_registers_is_gone_after_it() -> None:
-    assert set(dispatch.names()) == {"auto", "reference", "torch", "cpu"}
+    assert set(dispatch.names()) == {"auto", "reference", "torch", "triton", "cpu"}
     assert isinstance(dispatch.get("cpu"), CpuBackend)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.cpu.backend import CompiledTiles
-from fastcl.kernels.tiles import Running, Sums, TorchTiles
+from fastcl.kernels.tiles import Running, Side, Sums, TorchTiles
 from tests.kernels import dense
 from tests.kernels.dense import Given, Options
 from tests.rule import Error
@@ -28,6 +28,7 @@ COMPILED, PORTABLE = CompiledTiles(extension), TorchTiles()
 
 Run = Callable[[Any, Given], dict[str, Tensor]]
 ROWS = (1, 7, 8, 9, 63, 64, 65)
+TALL = (257, 512, 1025)  # blocks of several patches, and several blocks
 COLS = (1, 3, 15, 16, 17, 63, 64, 65, 511, 512, 513)
 EVERY = Options(row_scale=True, row_bias="rows", col_bias=True, ids=True, diagonal=0)
 PLAIN = Options()
@@ -65,6 +66,13 @@ RUNS = (dense.statistics, dense.gradient, dense.online, dense.sigmoid)
 def test_around_the_edges_of_vectors_and_patches(run: Any, cols: int) -> None:
     for rows, options in product(ROWS, (PLAIN, EVERY)):
         _compare(run, [Given(seed, rows, cols, options) for seed in range(4)])
+
+
+@pytest.mark.parametrize("rows", TALL)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_tall_tiles(run: Any, rows: int) -> None:
+    for cols in (17, 600):
+        _compare(run, [Given(seed, rows, cols, EVERY) for seed in (0, 1)])
 
 
 DIAGONALS = (None, 0, 5, -4, 20, 21, -8, -9, 1 << 40)  # of 9 x 21: the last ones lie outside
@@ -118,6 +126,21 @@ def test_lines_of_very_different_maxima(run: Any, lines: str, spread: int) -> No
         # No line underflows: each keeps at least its own maximum, e^0.
         if run is dense.statistics:
             assert all(torch.isfinite(x).all() for x in run(COMPILED, draws[0]).values())
+
+
+@pytest.mark.parametrize("kernels", [COMPILED, PORTABLE], ids=["compiled", "portable"])
+def test_a_tile_made_again_may_differ_in_its_last_bit(kernels: Any) -> None:
+    """At logits of 1e9 that bit is 64, and e^64 would be in place of 1."""
+    s = torch.full((9, 40), 1e9).nextafter(torch.tensor(2e9))
+    rows, cols = torch.full((9,), 1e9), torch.full((40,), 1e9)
+    given = Given(0, 9, 40, PLAIN, s=s)
+    given.scale[:] = 1.0
+    sides = Side(rows, torch.ones(9)), Side(cols, torch.full((40,), 2.0))
+    for row, col in (sides, (sides[0], None), (None, sides[1])):
+        tile = given.tile()
+        kernels.softmax_gradient(tile, row, col, Sums())
+        right = (row is not None) * 1.0 + (col is not None) * 2.0
+        assert (tile.s == right).all()
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,11 @@ def test_info_nce_options() -> None:
     paired = fastcl.losses.InfoNCELoss(negative_mode="paired")
     own = torch.randn(6, 2, 4)
     assert torch.equal(paired(A, B, own), fastcl.info_nce(A, B, own, negative_mode="paired"))
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    given = fastcl.losses.NTXentLoss(np.float32(0.5), workspace=np.int64(1 << 20))
+    assert repr(given) == repr(fastcl.losses.NTXentLoss(0.5, workspace=1 << 20))
 
 
 @pytest.mark.parametrize("module", [fastcl.losses.InfoNCELoss, fastcl.losses.NTXentLoss])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def lse(**changes: Any) -> Any:
         ({"v": V.to("meta")}, ValueError, "u is on cpu and v on meta"),
         ({"scale": "1"}, TypeError, "scale must be a float or a tensor .* not str"),
         ({"scale": True}, TypeError, "scale must be a float .* not bool"),
+        ({"scale": np.True_}, TypeError, "scale must be a float .* not bool"),
+        ({"scale": np.float32("nan")}, ValueError, "scale is nan; expected a finite number"),
         ({"scale": float("nan")}, ValueError, "scale is nan; expected a finite number"),
         ({"scale": float("inf")}, ValueError, "scale is inf; expected a finite number"),
         ({"scale": torch.ones(2)}, ValueError, r"scale has shape \[2\].*or \[4\] \(one per row\)"),
@@ -60,6 +63,9 @@ def lse(**changes: Any) -> Any:
         ({"mask_diagonal": -1}, ValueError, "mask_diagonal is -1; expected 0 to 5"),
         ({"mask_diagonal": 0.0}, TypeError, "mask_diagonal must be an int or None, not float"),
         ({"mask_diagonal": True}, TypeError, "mask_diagonal must be an int or None, not bool"),
+        ({"mask_diagonal": np.float64(0)}, TypeError, "mask_diagonal must be an int .* not float"),
+        ({"mask_diagonal": np.True_}, TypeError, "mask_diagonal must be an int or None, not bool"),
+        ({"mask_diagonal": np.int64(6)}, ValueError, "mask_diagonal is 6; expected 0 to 5"),
         ({"dim": "row"}, ValueError, "dim='row' is not known; choose one of rows, cols, both"),
         ({"backend": "gpu"}, ValueError, "backend='gpu' is not known; choose one of auto"),
         ({"workspace": 1.5}, TypeError, "workspace must be a number of bytes .* not float"),
@@ -97,6 +103,8 @@ def test_logsumexp_refuses(changes: dict[str, Any], error: type[Exception], mess
         ({"positives": 0, "add_zero": True}, ValueError, "add_zero stands for a positive"),
         ({"weights": torch.ones(5)}, ValueError, r"weights .*shape \[4\]"),
         ({"divisor": 0}, ValueError, "divisor is 0; expected a count"),
+        ({"divisor": np.int64(0)}, ValueError, "divisor is 0; expected a count"),
+        ({"divisor": np.float32(1)}, ValueError, "divisor is 1.0; expected a count"),
     ],
 )
 def test_weighted_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -155,6 +163,28 @@ def test_every_form_of_scale_is_the_same(scale: float | Tensor) -> None:
         (rows.sum() + cols.sum()).backward()
         assert scale.grad is not None
         assert scale.grad.shape == scale.shape
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_numpy_scalars_are_numbers(backend: str) -> None:
+    how = {"backend": backend, "workspace": 1 << 20}
+    of_numpy = {"backend": backend, "workspace": np.int64(1 << 20)}
+    for given in (np.float32(2), np.float64(2), np.float16(2), np.longdouble(2), np.int32(2)):
+        assert torch.equal(lse(scale=given, **of_numpy), lse(scale=2.0, **how))
+    one = np.int64(1)
+    assert torch.equal(lse(mask_diagonal=one, **of_numpy), lse(mask_diagonal=1, **how))
+    weighted, sigmoid = fastcl.similarity_weighted_logsumexp, fastcl.similarity_sigmoid
+    assert torch.equal(
+        weighted(U, V, positives=one, divisor=np.int64(3), **of_numpy),
+        weighted(U, V, positives=1, divisor=3, **how),
+    )
+    for reduction in ("sum", "rows"):
+        assert torch.equal(
+            sigmoid(U, V, scale=np.float32(2), bias=np.float32(-1), positives=one,
+                    divisor=np.uint8(3), reduction=reduction, **of_numpy),
+            sigmoid(U, V, scale=2.0, bias=-1.0, positives=1,
+                    divisor=3, reduction=reduction, **how),
+        )  # fmt: skip
 
 
 def test_pair_statistics_has_no_reference() -> None:

@@ -51,12 +51,21 @@ def test_logsumexp(kind: str, lines: tuple[bool, bool], backend: str) -> None:
     torch.library.opcheck(ops.logsumexp, (*stream(kind, backend), *lines))
 
 
+@pytest.mark.parametrize("add_zero", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "16-bit", "every"])
-def test_sums_with_gradients_made_in_the_forward(kind: str, backend: str) -> None:
+def test_weighted_logsumexp(kind: str, add_zero: bool, backend: str) -> None:
     args = stream(kind, backend)
+    if add_zero:  # comes with minus the positive's logit as row bias, and without a diagonal
+        u, v, scale, _, *others, _, name, workspace = args
+        args = u, v, scale, rows(5), *others, None, name, workspace
     for weights in (None, rows(5)):
-        weighted = (*args, weights, 5, None, needs(args))
+        weighted = (*args, weights, 5, add_zero, needs(args))
         torch.library.opcheck(ops.weighted_logsumexp, weighted)
+
+
+@pytest.mark.parametrize("kind", ["plain", "16-bit", "every"])
+def test_sigmoid_sums(kind: str, backend: str) -> None:
+    args = stream(kind, backend)
     torch.library.opcheck(ops.sigmoid_sum, (*args, 5, needs(args)))
     torch.library.opcheck(ops.sigmoid_rows, args)
 

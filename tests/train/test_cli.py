@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,13 +206,35 @@ def test_without_the_extra_the_import_says_what_to_install(
         importlib.import_module("fastcl.train")
 
 
-def test_without_the_extra_the_command_says_so_in_one_line() -> None:
+def command_without(module: str) -> Any:
     """As a new process, which has imported nothing of it yet."""
-    code = "import sys; sys.modules['typer'] = None; from fastcl.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"import sys; sys.modules['{module}'] = None; from fastcl.__main__ import main; main()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", ["typer", "threadpoolctl"])
+def test_without_the_extra_the_command_says_so_in_one_line(module: str) -> None:
+    done = command_without(module)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith(f"error: fastcl.train needs {module}, not installed")
+
+
+def test_another_missing_module_is_a_bug_with_its_traceback() -> None:
+    done = command_without("fastcl.train.config")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "fastcl.train.config" in done.stderr.strip().splitlines()[-1]
+
+
+def test_the_extra_is_pyprojects() -> None:
+    from fastcl.__main__ import EXTRA
+
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^train = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    names = {name.replace("scikit-learn", "sklearn") for name in re.findall(r'"([\w-]+)>', listed)}
+    assert set(EXTRA) == names
+    assert importlib.import_module("fastcl.train")._NEEDS == EXTRA
 
 
 def test_version() -> None:

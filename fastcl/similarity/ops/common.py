@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Gradients, Stream
-from fastcl.kernels.dtypes import stored_dtype
+from fastcl.kernels.dtypes import accumulation_dtype
 
 # The arguments that describe a stream lead every operator, in this order.
 STREAM = (
@@ -77,8 +77,8 @@ def filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
 
 
 def fake_gradients(args: Sequence[Any], needs: Sequence[bool], stored: bool) -> tuple[Tensor, ...]:
-    """Shapes of the five gradients; `stored`: as they wait for the backward."""
-    dtype = stored_dtype(args[0].dtype) if stored else args[0].dtype
+    """Shapes of the five gradients; `stored`: as they wait for the backward, to be rounded then."""
+    dtype = accumulation_dtype(args[0].dtype) if stored else args[0].dtype
     shapes = []
     for x, wanted in zip(args[:DIFFERENTIABLE], needs, strict=True):
         embeddings = x is not None and x.dim() == 2
