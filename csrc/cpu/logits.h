@@ -7,6 +7,8 @@
 namespace fastcl {
 namespace FASTCL_ISA {
 
+constexpr std::int64_t kPatchRows = 8;
+
 // What is constant along one row of a tile.
 template <class T>
 struct RowOf {
@@ -16,6 +18,7 @@ struct RowOf {
   std::int64_t dropped;             // column of the dropped pair; may lie outside the tile
   T* diagonal_s;                    // where its s and l go, or nullptr
   T* diagonal_l;
+  bool plain;                       // nothing but scale and row bias makes its logits
 };
 
 template <class T>
@@ -28,6 +31,8 @@ inline RowOf<T> row_of(const Tile<T>& tile, std::int64_t i) {
   row.dropped = tile.diagonal == kNoDiagonal ? -1 : i + tile.diagonal;
   row.diagonal_s = tile.diagonal_s ? tile.diagonal_s + i : nullptr;
   row.diagonal_l = tile.diagonal_l ? tile.diagonal_l + i : nullptr;
+  row.plain = !tile.col_bias && !tile.col_ids && tile.cols % Simd<T>::width == 0 &&
+              !(row.dropped >= 0 && row.dropped < tile.cols);
   return row;
 }
 
@@ -39,6 +44,13 @@ inline typename Simd<T>::V logits(const Tile<T>& tile, const RowOf<T>& row, std:
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   constexpr int width = Simd<T>::width;
+  // The rows of a tile are far apart, and each begins on another page, where the hardware has yet to
+  // see a stream: what the next patch reads is fetched while this one is computed.
+  __builtin_prefetch(row.s + kPatchRows * tile.ld + j);
+  if (__builtin_expect(row.plain, 1)) {
+    s = load<V>(row.s + j);
+    return s * row.scale + row.bias;
+  }
   const std::int64_t left = tile.cols - j;
   s = load_first<V>(row.s + j, left);
   V l = s * row.scale + row.bias;

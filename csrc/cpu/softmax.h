@@ -14,7 +14,6 @@ namespace fastcl {
 namespace FASTCL_ISA {
 
 constexpr std::int64_t kBlockRows = 32;  // at most, of one parallel task
-constexpr std::int64_t kPatchRows = 8;
 constexpr std::int64_t kPatchCols = 512;
 template <class T> inline constexpr T kWindow = T(42);
 
