@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter" tests/kernels/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels/triton
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not gpu and not interpreter"

@@ -18,6 +18,7 @@ from tests.rule import cast, check_rule, evaluate
 
 pytestmark = pytest.mark.interpreter
 
+SLOW = pytest.mark.slow
 ONE_CHUNK = {"backend": "triton"}
 MANY_CHUNKS = {"backend": "triton", "workspace": 1 << 16}
 HALF = (torch.float16, torch.bfloat16)
@@ -37,8 +38,8 @@ def test_many_chunks(case: Case) -> None:
     check_rule(case, torch.float32, draws, MANY_CHUNKS)
 
 
-@pytest.mark.parametrize("d", [1, 7, 64, 100])
-@pytest.mark.parametrize("n", [1, 2, 33])
+@pytest.mark.parametrize("d", [1, pytest.param(7, marks=SLOW), pytest.param(64, marks=SLOW), 100])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=SLOW), 33])
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_ragged_sizes(case: Case, n: int, d: int) -> None:
     draws = [case.tensors(seed, n, d, scale=5.0) for seed in range(10)]
