@@ -84,10 +84,11 @@ def plan_chunks(
     >>> plan_chunks(65536, 65536, 768, 2, 256 << 20)
     TilePlan(n=65536, m=65536, rows=5632, cols=16384, keep=False)
     """
-    line = 4 * dim
+    line, itemsize = 4 * dim, itemsize * _parts(n, m, itemsize)
     if keep:
+        itemsize += 4  # refused, too: online rescaling keeps the similarities of one chunk
         plan = plan_tiles(
-            n, m, 4 + itemsize, workspace, keep=True, tile=KEPT_CHUNK,
+            n, m, itemsize, workspace, keep=True, tile=KEPT_CHUNK,
             fewest_rows=FEWEST_KEPT_ROWS, line_bytes=line,
         )  # fmt: skip
         if plan.keep:
@@ -97,7 +98,7 @@ def plan_chunks(
 
 def plan_symmetric_chunks(n: int, itemsize: int, workspace: int) -> TilePlan:
     """Square chunks for a symmetric matrix, of which only the upper half is made."""
-    return plan_symmetric(n, itemsize, workspace, tile=SYMMETRIC_CHUNK)
+    return plan_symmetric(n, itemsize * _parts(n, n, itemsize), workspace, tile=SYMMETRIC_CHUNK)
 
 
 def parts_of_gradient(plan: TilePlan, itemsize: int) -> int:
@@ -111,4 +112,8 @@ def parts_of_gradient(plan: TilePlan, itemsize: int) -> int:
     >>> parts_of_gradient(plan_chunks(65536, 65536, 512, 2, 256 << 20), 2)
     1
     """
-    return 2 if itemsize == 2 and plan.n * plan.m <= SPLIT_UP_TO else 1
+    return _parts(plan.n, plan.m, itemsize)
+
+
+def _parts(n: int, m: int, itemsize: int) -> int:
+    return 2 if itemsize == 2 and n * m <= SPLIT_UP_TO else 1

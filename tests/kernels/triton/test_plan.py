@@ -33,8 +33,11 @@ def test_chunks_cover_the_matrix_within_the_budget(
     assert sum(c.size for c in cut.col_chunks()) == m
     rows, cols = min(cut.rows, n), min(cut.cols, m)
     kept = rows * m * 4 if cut.keep else 0
-    gradient = rows * cols * itemsize
-    assert kept + gradient + rows * 4 * dim <= budget or (cut.rows <= 16 and cut.cols <= 64)
+    gradient = rows * cols * itemsize * parts_of_gradient(cut, itemsize)
+    online = rows * cols * 4 if keep and not cut.keep else 0  # the similarities of one chunk
+    assert kept + online + gradient + rows * 4 * dim <= budget or (
+        cut.rows <= 16 and cut.cols <= 64
+    )
     if cut.keep:
         assert rows >= min(n, FEWEST_KEPT_ROWS)
     assert rows * cols < 1 << 31  # offsets within partial sums are 32-bit
@@ -44,7 +47,7 @@ def test_chunks_cover_the_matrix_within_the_budget(
 def test_symmetric_chunks_are_square(n: int, itemsize: int, budget: int) -> None:
     cut = plan_symmetric_chunks(n, itemsize, budget)
     assert cut.rows == cut.cols
-    assert min(cut.rows, n) ** 2 * itemsize <= budget
+    assert min(cut.rows, n) ** 2 * itemsize * parts_of_gradient(cut, itemsize) <= budget
 
 
 def test_the_default_budget_takes_the_whole_chunk() -> None:
