@@ -25,7 +25,7 @@ from benchmarks.eager import LossFunction
 from benchmarks.inputs import Inputs, torch_dtype
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Stream
-from fastcl.kernels.walk import Products
+from fastcl.kernels.walk import Products, Total
 
 _Buffers = dict[int, Tensor]
 
@@ -36,15 +36,17 @@ class NoProducts(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """A view of a gradient buffer, to be taken again of a fresh one."""
+    """A view of a gradient buffer before a product, to be taken again of a fresh one."""
 
     buffer: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    empty: bool
 
-    def of(self, buffers: _Buffers) -> Tensor:
-        return buffers[self.buffer].as_strided(self.size, self.stride, self.offset)
+    def of(self, buffers: _Buffers) -> Total:
+        part = buffers[self.buffer].as_strided(self.size, self.stride, self.offset)
+        return Total(part, self.empty)
 
 
 @dataclass
@@ -64,22 +66,23 @@ class Replay:
     @torch.no_grad()
     def __call__(self) -> _Buffers:
         buffers = {
-            key: torch.zeros(numbers, dtype=dtype, device=self.device)
+            key: torch.empty(numbers, dtype=dtype, device=self.device)
             for key, (numbers, dtype) in self._buffers.items()
         }
         for step in self._steps:
             step(buffers)
         return buffers
 
-    def part(self, out: Tensor | None) -> _Part | None:
-        """Where `out` lies in its buffer."""
-        if out is None:
+    def part(self, total: Total | None) -> _Part | None:
+        """Where `total` lies in its buffer, and whether it is still empty."""
+        if total is None:
             return None
+        out = total.sum
         storage = out.untyped_storage()
         key = storage.data_ptr()
         self._keep.append(out)
         self._buffers[key] = (storage.nbytes() // out.element_size(), out.dtype)
-        return _Part(key, tuple(out.shape), out.stride(), int(out.storage_offset()))
+        return _Part(key, tuple(out.shape), out.stride(), int(out.storage_offset()), total.empty)
 
     def note(self, tile: Tensor, products: int, step: Callable[[_Buffers], None]) -> None:
         """Products over a tile, 2 * rows * cols * D FLOP each."""
@@ -129,9 +132,9 @@ class _Noted:
         out = a.chunk.new_empty(shape)
         self.replay.note(out, 1, lambda _: _multiply(a.chunk, b.chunk.T, out))
 
-    def gradients(self, g: Tensor, a: Any, b: Any, da: Tensor | None, db: Tensor | None) -> None:
-        self.products.gradients(g, a, b, da, db)
+    def gradients(self, g: Tensor, a: Any, b: Any, da: Total | None, db: Total | None) -> None:
         of_a, of_b = self.replay.part(da), self.replay.part(db)
+        self.products.gradients(g, a, b, da, db)
 
         def again(buffers: _Buffers) -> None:
             fresh = (None if part is None else part.of(buffers) for part in (of_a, of_b))

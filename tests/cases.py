@@ -26,13 +26,16 @@ def streamed_backends() -> list[str]:
 class Draw:
     """Random inputs of one size, in float64.
 
+    `keys`: how many rows v has beside n of u, or a queue has; some more than n if it is None.
     `cone`: all rows lie in a cone so narrow that logits differ by a few units whatever the scale,
     as hard negatives do; otherwise they point anywhere.
     """
 
-    def __init__(self, seed: int, n: int, d: int, scale: float, cone: bool) -> None:
+    def __init__(
+        self, seed: int, n: int, d: int, scale: float, cone: bool, keys: int | None
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.n, self.d, self.scale = n, d, scale
+        self.n, self.d, self.scale, self.keys = n, d, scale, keys
         self.spread = (3 / scale) ** 0.5 if cone else None
         self.axis = self.directions(d)
 
@@ -92,10 +95,16 @@ class Case:
         return getattr(fastcl.reference, self.function)
 
     def tensors(
-        self, seed: int = 0, n: int = 12, d: int = 8, scale: float = 10.0, cone: bool = False
+        self,
+        seed: int = 0,
+        n: int = 12,
+        d: int = 8,
+        scale: float = 10.0,
+        cone: bool = False,
+        keys: int | None = None,
     ) -> Tensors:
         """One draw of the inputs, float64."""
-        return self.make(Draw(seed, n, d, scale, cone))
+        return self.make(Draw(seed, n, d, scale, cone, keys))
 
     def having(self, **options: Any) -> Case:
         """The case with other options."""
@@ -117,7 +126,7 @@ def _info_nce(draw: Draw) -> Tensors:
 
 
 def _queue(draw: Draw) -> Tensors:
-    return _info_nce(draw) | {"negative_keys": draw.rows(2 * draw.n + 3)}
+    return _info_nce(draw) | {"negative_keys": draw.rows(draw.keys or 2 * draw.n + 3)}
 
 
 def _mined(draw: Draw) -> Tensors:
@@ -159,7 +168,8 @@ LOSSES = [
 
 def _rectangle(draw: Draw) -> Tensors:
     u, v = draw.towers()
-    v = torch.cat([v, draw.rows(draw.n // 2 + 2)])
+    keys = draw.keys or draw.n + draw.n // 2 + 2
+    v = torch.cat([v, draw.rows(max(0, keys - draw.n))])[:keys]
     return {"u": u, "v": v, "scale": draw.number(draw.scale)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastcl.kernels.dispatch import Gradients
 from fastcl.kernels.streamed import _Rows
 from fastcl.kernels.tiles import Running, Side, Sums, Tile, TorchTiles
-from fastcl.kernels.walk import Accumulator, TileMaker, TorchProducts
+from fastcl.kernels.walk import Accumulator, TileMaker, TorchProducts, add_product
 from fastcl.similarity.ops import sums
 from tests.cases import ALL
 from tests.rule import cast, measure, truth, violations
@@ -95,8 +96,9 @@ def _no_scale_in_pairs(patch: Patch) -> None:
     add = Accumulator._add_pairs
 
     def without(self: Accumulator, *args: Any) -> None:
-        stream = replace(self.stream, scale=torch.ones_like(self.stream.scale))
-        add(replace(self, stream=stream), *args)
+        unscaled = copy.copy(self)
+        unscaled.stream = replace(self.stream, scale=torch.ones_like(self.stream.scale))
+        add(unscaled, *args)
 
     patch.setattr(Accumulator, "_add_pairs", without)
 
@@ -159,7 +161,7 @@ def _no_ids(patch: Patch) -> None:
 
 def _no_mirrored_tiles(patch: Patch) -> None:
     def gradients(self: Any, g: Tensor, a: Tensor, b: Tensor, da: Any, db: Any) -> None:
-        da.addmm_(g, b)
+        add_product(da, g, b)
 
     patch.setattr(TorchProducts, "gradients", gradients)
 

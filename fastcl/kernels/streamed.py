@@ -20,6 +20,7 @@ from fastcl.kernels.walk import (
     Products,
     TileMaker,
     TorchProducts,
+    Total,
     new_pairs,
     paired_rows,
 )
@@ -79,7 +80,7 @@ class StreamedPrimitives:
     ) -> Gradients:
         """Gradients, given those of the row and column logsumexps and of the pairs' logits."""
         maker = self._maker(stream)
-        out = Accumulator(stream, needs, maker.products)
+        out = Accumulator(maker, needs)
         rows = _side(statistics.rows, grads.rows)
         cols = _side(statistics.cols, grads.cols)
         pair_s = None if statistics.pairs is None else statistics.pairs.s
@@ -114,9 +115,8 @@ class StreamedPrimitives:
                 gs = within if c.start == r.start else row_gs
                 sums = Sums(row_gs=None if gs is None else gs[r.slice])
                 self.kernels.softmax_gradient(tile, side[r.slice], side[c.slice], sums)
-                if out.dv is not None:
-                    mirrored = out.dv[c.slice] if c.start > r.start else None
-                    out.products.gradients(tile.gradient, a, b, out.dv[r.slice], mirrored)
+                mirrored = out.col_chunk(c) if c.start > r.start else None
+                out.products.gradients(tile.gradient, a, b, out.col_chunk(r), mirrored)
         if row_gs is not None and within is not None:
             row_gs += within / 2
 
@@ -128,7 +128,7 @@ class StreamedPrimitives:
     ) -> tuple[Tensor, Gradients]:
         """(the row values y_i, gradients of sum_i weights_i y_i)."""
         maker = self._maker(stream, keep=any(needs))
-        out = Accumulator(stream, needs, maker.products, store=accumulation_dtype(stream.u.dtype))
+        out = Accumulator(maker, needs, store=accumulation_dtype(stream.u.dtype))
         rows = _Rows(stream, weights, add_zero)
         if add_zero:  # the bias comes in with the zero, at the end of a row: it rounds no logit
             maker.stream = replace(stream, row_bias=None)
@@ -177,13 +177,15 @@ class StreamedPrimitives:
             tile = maker.tile(r, c, a, b, pairs=rows.pairs)
             self.kernels.softmax_online(tile, running, row_es, rescale)
             if du is not None:
-                out.products.gradients(tile.gradient, a, b, du.mul_(rescale[:, None]), None)
+                if not du.empty:
+                    du.sum *= rescale[:, None]
+                out.products.gradients(tile.gradient, a, b, du, None)
         weight = rows.finish(r.slice).weight  # G = weight e^(l - max)
         if out.sums.row_gs is not None:
             out.sums.row_gs[r.slice] = row_es * weight
         if du is not None:
             scale = maker.stream.scale
-            du *= (weight * (scale if scale.numel() == 1 else scale[r.slice]))[:, None]
+            du.sum *= (weight * (scale if scale.numel() == 1 else scale[r.slice]))[:, None]
         out.finish_rows(r, du, rows.grad_pairs)
 
     # ---- sigmoid: loss and gradient from one pass, 3 products; by rows 1 forward, 3 backward ----
@@ -203,7 +205,7 @@ class StreamedPrimitives:
     ) -> Gradients:
         """Gradients of <grads.rows, row sums> + <grads.pairs, pair logits>."""
         maker = self._maker(stream)
-        out = Accumulator(stream, needs, maker.products)
+        out = Accumulator(maker, needs)
         if grads.rows is None:
             _pairs_only(maker, out, grads.pairs)
         else:
@@ -222,7 +224,7 @@ class StreamedPrimitives:
             positive = _softplus(-_wide(pairs)[:count]).sum() if pairs is not None else 0
             return (loss.sum() + positive) / divisor, Gradients()
         maker, pairs = self._maker(stream), new_pairs(stream)
-        out = Accumulator(stream, needs, maker.products, store=accumulation_dtype(stream.u.dtype))
+        out = Accumulator(maker, needs, store=accumulation_dtype(stream.u.dtype))
         loss = stream.u.new_zeros(len(stream.u), dtype=maker.dtype)
         weights = torch.full_like(loss, 1.0 / divisor)
         maker.unit = out.expect(weights)
@@ -248,7 +250,7 @@ class StreamedPrimitives:
         loss: Tensor | None,
         weights: Tensor,
         pairs: Pairs | None,
-    ) -> Tensor | None:
+    ) -> Total | None:
         """One row of tiles into the accumulator; returns these rows' part of u's gradient."""
         du = out.row_chunk(r)
         row_loss = None if loss is None else loss[r.slice]

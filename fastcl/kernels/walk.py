@@ -15,6 +15,23 @@ from fastcl.kernels.plan import Chunk, TilePlan, row_slices
 from fastcl.kernels.tiles import Pairs, Sums, Tile
 
 
+@dataclass
+class Total:
+    """A sum of matrix products. While it is empty, `sum` is memory as it came, without zeros."""
+
+    sum: Tensor
+    empty: bool = True
+
+    def begin(self) -> bool:
+        """Whether the product at hand is to overwrite `sum`; the ones after it are added."""
+        empty, self.empty = self.empty, False
+        return empty
+
+    def finish(self) -> Tensor:
+        """The sum, of no products too."""
+        return self.sum.zero_() if self.begin() else self.sum
+
+
 class Products(Protocol):
     """The matrix products of a walk, with accumulation in the accumulation dtype.
 
@@ -39,7 +56,7 @@ class Products(Protocol):
     def similarity(self, a: Any, b: Any, out: Tensor) -> None:
         """out = a b^T for rows a and cols b."""
 
-    def gradients(self, g: Tensor, a: Any, b: Any, da: Tensor | None, db: Tensor | None) -> None:
+    def gradients(self, g: Tensor, a: Any, b: Any, da: Total | None, db: Total | None) -> None:
         """da += g b and db += g^T a, each where it is wanted."""
 
 
@@ -84,13 +101,18 @@ class TorchProducts:
         torch.mm(a, b.T, out=out)
 
     def gradients(
-        self, g: Tensor, a: Tensor, b: Tensor, da: Tensor | None, db: Tensor | None
+        self, g: Tensor, a: Tensor, b: Tensor, da: Total | None, db: Total | None
     ) -> None:
         """da += g b and db += g^T a, each where it is wanted."""
         if da is not None:
-            da.addmm_(g, b)
+            add_product(da, g, b)
         if db is not None:
-            db.addmm_(g.T, a)
+            add_product(db, g.T, a)
+
+
+def add_product(total: Total, x: Tensor, y: Tensor, **options: Any) -> None:
+    """total += x y; with beta 0 PyTorch reads nothing of what it overwrites."""
+    torch.addmm(total.sum, x, y, beta=0 if total.begin() else 1, out=total.sum, **options)
 
 
 def _codes(row_ids: Tensor, col_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,7 +200,6 @@ def paired_rows(stream: Stream) -> int:
     return max(0, min(stream.u.shape[0], stream.keys.shape[0] - stream.diagonal))
 
 
-@dataclass
 class Accumulator:
     """Collects the gradients of a walk: rows of u chunk by chunk, v in one full accumulator.
 
@@ -186,25 +207,27 @@ class Accumulator:
     returned in that dtype instead of the inputs' own.
     """
 
-    stream: Stream
-    needs: Needs
-    products: Products
-    store: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        stream, needs = self.stream, self.needs
-        u, keys = stream.u, stream.keys
+    def __init__(
+        self, maker: TileMaker, needs: Needs, *, store: torch.dtype | None = None
+    ) -> None:
+        self.stream, self.products, self.needs = maker.stream, maker.products, needs
+        u, keys = self.stream.u, self.stream.keys
         self.unit: Tensor | None = None
         self.dtype = accumulation_dtype(u.dtype)
-        self.store = self.store or u.dtype
-        symmetric = stream.v is None
+        self.store = store or u.dtype
         self.du = self.dv = None
-        if symmetric and needs.u:
-            self.dv = u.new_zeros(u.shape, dtype=self.dtype)
-        elif needs.u:
-            self.du = u.new_empty(u.shape, dtype=self.store)
-        if not symmetric and needs.v:
-            self.dv = keys.new_zeros(keys.shape, dtype=self.dtype)
+        if self.stream.v is None:  # one tower: all that it is given is summed as the keys' is
+            if needs.u:
+                self.dv = u.new_empty(u.shape, dtype=self.dtype)
+        else:
+            if needs.u:
+                self.du = u.new_empty(u.shape, dtype=self.store)
+            if needs.v:
+                self.dv = keys.new_empty(keys.shape, dtype=self.dtype)
+        self._chunks_of_dv: dict[int, Total] = {}
+        if self.dv is not None:
+            chunks = maker.plan.col_chunks()
+            self._chunks_of_dv = {c.start: Total(self.dv[c.slice]) for c in chunks}
         self.sums = Sums(
             row_gs=u.new_zeros(len(u), dtype=self.dtype) if needs.scale else None,
             row_g=u.new_zeros(len(u), dtype=self.dtype) if needs.row_bias else None,
@@ -224,27 +247,31 @@ class Accumulator:
         self.unit = torch.exp2((14 - bound.log2().ceil()).clamp(-60.0, 60.0))
         return self.unit
 
-    def row_chunk(self, rows: Chunk) -> Tensor | None:
-        """A zeroed accumulator for these rows of u's gradient, or None if it is not wanted."""
+    def row_chunk(self, rows: Chunk) -> Total | None:
+        """An empty accumulator for these rows of u's gradient, or None if it is not wanted."""
         if self.du is None:
             return None
         if self.du.dtype == self.dtype:
-            return self.du[rows.slice].zero_()
-        return self.du.new_zeros((rows.size, self.du.shape[1]), dtype=self.dtype)
+            return Total(self.du[rows.slice])
+        return Total(self.du.new_empty((rows.size, self.du.shape[1]), dtype=self.dtype))
 
-    def add(self, tile: Tile, cols: Chunk, a: Any, b: Any, du_chunk: Tensor | None) -> None:
+    def col_chunk(self, cols: Chunk) -> Total | None:
+        """The accumulator for these rows of v's gradient, or None if it is not wanted."""
+        return self._chunks_of_dv.get(cols.start)
+
+    def add(self, tile: Tile, cols: Chunk, a: Any, b: Any, du_chunk: Total | None) -> None:
         """Adds what one gradient tile gives to both towers."""
-        dv_chunk = None if self.dv is None else self.dv[cols.slice]
-        self.products.gradients(tile.gradient, a, b, du_chunk, dv_chunk)
+        self.products.gradients(tile.gradient, a, b, du_chunk, self.col_chunk(cols))
 
-    def finish_rows(self, rows: Chunk, du_chunk: Tensor | None, grad_pairs: Tensor | None) -> None:
+    def finish_rows(self, rows: Chunk, du_total: Total | None, grad_pairs: Tensor | None) -> None:
         """Adds the pairs' own term to these rows of u's gradient, and stores them.
 
         `grad_pairs` is the gradient with respect to the pairs' logits, so far as it is known.
         """
         stream = self.stream
-        if self.du is None or du_chunk is None:
+        if self.du is None or du_total is None:
             return
+        du_chunk = du_total.finish()
         if self.unit is not None:
             du_chunk /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:
@@ -258,6 +285,8 @@ class Accumulator:
         """All gradients, in the dtypes and shapes of their inputs, the pairs' terms included."""
         stream, needs, sums = self.stream, self.needs, self.sums
         symmetric, count = stream.v is None, paired_rows(stream)
+        for total in self._chunks_of_dv.values():
+            total.finish()
         if self.unit is not None and self.dv is not None:
             self.dv /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:

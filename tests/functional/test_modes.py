@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,26 @@ def test_without_gradients(case: Case, mode: Any, backend: str) -> None:
         for x, expected in zip(_call(case, leaves, backend=backend), with_graph, strict=True):
             assert not x.requires_grad
             assert torch.equal(x, expected.detach())
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors are full of NaN until they are written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_nothing_unwritten_is_read(case: Case, dtype: torch.dtype, backend: str) -> None:
+    tensors = cast(case.tensors(n=130, d=7), dtype)
+    for workspace in (None, 1 << 16):
+        options = case.options | {"backend": backend, "workspace": workspace}
+        for name, x in evaluate(case.ours, tensors, options).items():
+            assert x.isfinite().all(), (name, workspace)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

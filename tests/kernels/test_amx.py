@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcl.kernels.cpu import backend as compiled
 from fastcl.kernels.cpu.amx import AmxProducts
+from fastcl.kernels.walk import Total
 from tests.cases import LOSSES, Case
 
 pytestmark = pytest.mark.skipif(
@@ -44,8 +45,12 @@ def assert_gradient(made: Tensor, start: Tensor, g: Tensor, x: Tensor) -> None:
     assert (error <= allowed).all(), f"{(error / allowed).max():.3g} of the bound, {made.shape}"
 
 
+def begun(x: Tensor) -> Total:
+    return Total(x, empty=False)
+
+
 def check_products(amx: AmxProducts, u: Tensor, v: Tensor) -> None:
-    """All products of one tile; what they add to is not zero."""
+    """All products of one tile; what they add to is not zero, what they overwrite not finite."""
     rows, cols, d = len(u), len(v), u.shape[1]
     a, b, s = amx.rows(u), amx.cols(v), torch.full((rows, cols), torch.nan)
     amx.similarity(a, b, s)
@@ -53,9 +58,13 @@ def check_products(amx: AmxProducts, u: Tensor, v: Tensor) -> None:
     g = torch.randn(rows, cols) * torch.logspace(-6, 2, cols)
     du, dv = torch.randn(rows, d), torch.randn(cols, d)
     da, db = du.clone(), dv.clone()
-    amx.gradients(g, a, b, da, db)
+    amx.gradients(g, a, b, begun(da), begun(db))
     assert_gradient(da, du, g, v)
     assert_gradient(db, dv, g.T, u)
+    first = Total(torch.full_like(du, torch.nan)), Total(torch.full_like(dv, torch.nan))
+    amx.gradients(g, a, b, *first)
+    assert_gradient(first[0].sum, torch.zeros_like(du), g, v)
+    assert_gradient(first[1].sum, torch.zeros_like(dv), g.T, u)
 
 
 @pytest.mark.parametrize("d", RAGGED)
@@ -108,7 +117,7 @@ def test_outputs_and_g_within_wider_matrices() -> None:
     du, dv = torch.randn(rows, d), torch.randn(cols, d)
     (da_around, da), (db_around, db) = inside(du), inside(dv)
     amx.similarity(a, b, s)
-    amx.gradients(g, a, b, da, db)
+    amx.gradients(g, a, b, begun(da), begun(db))
     assert_similarity(s, u, v)
     assert_gradient(da, du, g, v)
     assert_gradient(db, dv, g.T, u)
@@ -121,7 +130,8 @@ def test_one_gradient_alone(wanted: str) -> None:
     u, v, g, amx = embeddings(40, 20), embeddings(50, 20), torch.randn(40, 50), products()
     a, b = amx.rows(u), amx.cols(v)
     out = torch.zeros(40 if wanted == "da" else 50, 20)
-    amx.gradients(g, a, b, *((out, None) if wanted == "da" else (None, out)))
+    total = begun(out)
+    amx.gradients(g, a, b, *((total, None) if wanted == "da" else (None, total)))
     assert_gradient(out, torch.zeros_like(out), *((g, v) if wanted == "da" else (g.T, u)))
 
 
@@ -132,7 +142,7 @@ def test_buffers_hold_nothing_of_earlier_chunks() -> None:
     for rows, cols in ((100, 64), (17, 33), (100, 100), (1, 3), (64, 97), (31, 1)):
         a, b = amx.rows(nan), amx.cols(nan)
         amx.similarity(a, b, torch.empty(100, 100))
-        trash = torch.zeros(100, d), torch.zeros(100, d)
+        trash = begun(torch.zeros(100, d)), begun(torch.zeros(100, d))
         amx.gradients(torch.full((100, 100), torch.nan), a, b, *trash)
         check_products(amx, embeddings(rows, d), embeddings(cols, d))
 
@@ -140,11 +150,11 @@ def test_buffers_hold_nothing_of_earlier_chunks() -> None:
 def test_accumulation_over_many_tiles() -> None:
     amx, tiles = products(), [(embeddings(48, 24), torch.randn(33, 48)) for _ in range(40)]
     u = embeddings(33, 24)
-    a, da = amx.rows(u), torch.zeros(33, 24)
+    a, da = amx.rows(u), Total(torch.full((33, 24), torch.nan))
     for v, g in tiles:
         amx.gradients(g, a, amx.cols(v), da, None)
     g, v = torch.cat([g for _, g in tiles], dim=1), torch.cat([v for v, _ in tiles])
-    assert_gradient(da, torch.zeros_like(da), g, v)
+    assert_gradient(da.sum, torch.zeros_like(da.sum), g, v)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -164,12 +174,12 @@ def test_nan_and_infinity_propagate(value: float, rows: int, cols: int, d: int) 
     )
     assert not s[rows // 2].isfinite().any()
     da, db = torch.zeros(rows, d), torch.zeros(cols, d)
-    amx.gradients(g, amx.rows(clean_u), b, da, db)
+    amx.gradients(g, amx.rows(clean_u), b, begun(da), begun(db))
     assert torch.equal(da.isfinite(), (g.double() @ v.double()).isfinite())
     assert torch.equal(db.isfinite(), (g.double().T @ clean_u.double()).isfinite())
     assert (~da.isfinite()).sum() == (~db.isfinite()).sum() == d
     db.zero_()
-    amx.gradients(clean_g, amx.rows(u), b, None, db)
+    amx.gradients(clean_g, amx.rows(u), b, None, begun(db))
     assert torch.equal(db.isfinite(), (clean_g.double().T @ u.double()).isfinite())
     assert (~db.isfinite()).sum() == cols
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcl.kernels.cpu import backend as compiled
 from fastcl.kernels.cpu.amx import AmxProducts
 from fastcl.kernels.tiles import Pairs, Running, Side, Sums, Tile
+from fastcl.kernels.walk import Total
 from tests.cases import LOSSES, Case
 
 THREADS = (1, 2, 3)
@@ -156,7 +157,7 @@ def test_amx_products_do_not_depend_on_threads() -> None:
         a, b, s = products.rows(u), products.cols(v), torch.empty(rows, cols)
         products.similarity(a, b, s)
         da, db = du.clone(), dv.clone()
-        products.gradients(g, a, b, da, db)
+        products.gradients(g, a, b, Total(da, empty=False), Total(db, empty=False))
         assert (da != du).any()
         assert (db != dv).any()
         return {"s": s, "da": da, "db": db}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels.plan import TilePlan
+from fastcl.kernels.walk import Total
 
 
 class _Operand:
@@ -89,7 +90,7 @@ class AmxProducts:
         self._multiply(left, right, a.dim, out, accumulate=False)
 
     def gradients(
-        self, g: Tensor, a: _Operand, b: _Operand, da: Tensor | None, db: Tensor | None
+        self, g: Tensor, a: _Operand, b: _Operand, da: Total | None, db: Total | None
     ) -> None:
         """da += g b and db += g^T a, each where it is wanted."""
         if da is None and db is None:
@@ -101,14 +102,14 @@ class AmxProducts:
             g.data_ptr(), r, c, g.stride(0), left, left_of_transpose, torch.get_num_threads()
         )
         if da is not None:
-            for part in (left, left + self.extension.amx_packed_bytes(r, c)):
-                self._multiply(part, b.packed("right"), c, da, accumulate=True)
+            self._add_split(left, (r, c), b.packed("right"), da)
         if db is not None:
-            for part in (
-                left_of_transpose,
-                left_of_transpose + self.extension.amx_packed_bytes(c, r),
-            ):
-                self._multiply(part, a.packed("right"), r, db, accumulate=True)
+            self._add_split(left_of_transpose, (c, r), a.packed("right"), db)
+
+    def _add_split(self, left: int, shape: tuple[int, int], right: int, total: Total) -> None:
+        """total += left right for a left matrix of that shape, packed in two parts."""
+        for part in (left, left + self.extension.amx_packed_bytes(*shape)):
+            self._multiply(part, right, shape[1], total.sum, accumulate=not total.begin())
 
     def _multiply(self, left: int, right: int, k: int, out: Tensor, *, accumulate: bool) -> None:
         m, n = out.shape

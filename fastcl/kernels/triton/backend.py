@@ -19,7 +19,7 @@ from fastcl.kernels.triton.plan import (
     plan_symmetric_chunks,
 )
 from fastcl.kernels.triton.support import installed, interpreted
-from fastcl.kernels.walk import TileMaker
+from fastcl.kernels.walk import TileMaker, Total, add_product
 
 
 class Operand(NamedTuple):
@@ -53,7 +53,7 @@ class GpuProducts:
         """A kernel is about to multiply these itself: nothing to do, but benchmarks count it."""
 
     def gradients(
-        self, g: Tensor, a: Operand, b: Operand, da: Tensor | None, db: Tensor | None
+        self, g: Tensor, a: Operand, b: Operand, da: Total | None, db: Total | None
     ) -> None:
         """da += g b and db += g^T a, each where it is wanted."""
         for part in g:
@@ -63,14 +63,14 @@ class GpuProducts:
                 _add_product(db, part.T, a.chunk)
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+def _add_product(total: Total, x: Tensor, y: Tensor) -> None:
     """total += x y, in float32 throughout."""
     if x.dtype == torch.float32:
-        total.addmm_(x, y)
+        add_product(total, x, y)
     elif x.is_cuda:
-        torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
+        add_product(total, x, y, out_dtype=torch.float32)
     else:  # interpreted: PyTorch's CPU product would round its result to 16 bits
-        total.addmm_(x.float(), y.float())
+        add_product(total, x.float(), y.float())
 
 
 class FusedTileMaker(TileMaker):
