@@ -128,9 +128,13 @@ def _no_column_statistics_past_the_first_tile(patch: Patch) -> None:
     patch.setattr(TorchTiles, "softmax_statistics", without)
 
 
+def _described(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    described = TileMaker.described
+    patch.setattr(TileMaker, "described", lambda *args: change(described(*args)))
+
+
 def _no_column_bias(patch: Patch) -> None:
-    made = TileMaker.tile
-    patch.setattr(TileMaker, "tile", lambda *a, **k: replace(made(*a, **k), col_bias=None))
+    _described(patch, lambda x: x | {"cols": replace(x["cols"], bias=None)})
 
 
 def _no_positive_gradient(patch: Patch) -> None:
@@ -138,8 +142,13 @@ def _no_positive_gradient(patch: Patch) -> None:
 
 
 def _no_positive_gradient_for_u(patch: Patch) -> None:
-    finish = Accumulator.finish_rows
-    patch.setattr(Accumulator, "finish_rows", lambda *args: finish(*args[:3], None))
+    add = Accumulator._add_pairs
+
+    def not_to_u(self: Accumulator, target: Tensor, *args: Any) -> None:
+        if self.du is None or target.data_ptr() != self.du.data_ptr():
+            add(self, target, *args)
+
+    patch.setattr(Accumulator, "_add_pairs", not_to_u)
 
 
 def _bias_gradient(change: Callable[[Gradients], Gradients]) -> Callable[[Patch], None]:
@@ -155,8 +164,7 @@ def _negated(x: Tensor | None) -> Tensor | None:
 
 
 def _no_ids(patch: Patch) -> None:
-    made = TileMaker.tile
-    patch.setattr(TileMaker, "tile", lambda *a, **k: replace(made(*a, **k), row_ids=None))
+    _described(patch, lambda x: x | {"rows": replace(x["rows"], ids=None)})
 
 
 def _no_mirrored_tiles(patch: Patch) -> None:

@@ -131,7 +131,7 @@ class StreamedPrimitives:
         out = Accumulator(maker, needs, store=accumulation_dtype(stream.u.dtype))
         rows = _Rows(stream, weights, add_zero)
         if add_zero:  # the bias comes in with the zero, at the end of a row: it rounds no logit
-            maker.stream = replace(stream, row_bias=None)
+            maker.row_terms = replace(maker.row_terms, bias=None)
         twice = maker.plan.keep or needs.v or needs.col_bias
         if any(needs):
             maker.unit = out.expect(weights if twice else torch.ones_like(weights), scaled=twice)
@@ -184,8 +184,7 @@ class StreamedPrimitives:
         if out.sums.row_gs is not None:
             out.sums.row_gs[r.slice] = row_es * weight
         if du is not None:
-            scale = maker.stream.scale
-            du.sum *= (weight * (scale if scale.numel() == 1 else scale[r.slice]))[:, None]
+            du.sum *= (weight * maker.row_terms[r.slice].scale)[:, None]
         out.finish_rows(r, du, rows.grad_pairs)
 
     # ---- sigmoid: loss and gradient from one pass, 3 products; by rows 1 forward, 3 backward ----

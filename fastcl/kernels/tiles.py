@@ -6,31 +6,76 @@ s; its logits are l = scale s + biases, -inf where a pair is dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastcl.kernels.dtypes import vector_dtype
 
+_L = TypeVar("_L", bound="Lines")
+
+
+class Lines:
+    """Vectors with a number for each line, that is for each row or for each column.
+
+    A vector may be None, and one number may stand for all lines.
+    """
+
+    def __getitem__(self: _L, lines: slice) -> _L:
+        """Views of these lines, made once: a walk asks for the same ones at many tiles."""
+        parts: dict[tuple[int, int], _L] = self.__dict__.setdefault("_parts", {})
+        key = lines.start, lines.stop
+        if key not in parts:
+            vectors = (getattr(self, x.name) for x in fields(self))  # type: ignore[arg-type]
+            parts[key] = type(self)(*(_part(x, lines) for x in vectors))
+        return parts[key]
+
+
+def _part(x: Tensor | None, lines: slice) -> Tensor | None:
+    if x is None:
+        return None
+    return x.reshape(1) if x.numel() == 1 else x[lines]
+
+
+@dataclass(frozen=True)
+class RowTerms(Lines):
+    """What the rows bring to their logits: a scale and a bias, one or one per row; their ids."""
+
+    scale: Tensor
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ColTerms(Lines):
+    """What the columns bring to their logits."""
+
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pairs(Lines):
+    """What the stream left out, one per row: raw similarities, and logits."""
+
+    s: Tensor
+    logits: Tensor
+
 
 @dataclass(frozen=True)
 class Tile:
     """A block of raw similarities s with everything that turns them into logits.
 
-    ``scale`` and ``row_bias`` have one element or one per row; ``diagonal`` is the column of the
-    first row's dropped pair (it may lie outside the tile), or None. Where ``pairs`` is given, the
-    functions write the dropped pairs' s and l into it: a positive whose logit was rounded like the
-    others' cancels against them exactly.
+    ``diagonal`` is the column of the first row's dropped pair (it may lie outside the tile), or
+    None. Where ``pairs`` is given, the functions write the dropped pairs' s and l into it: a
+    positive whose logit was rounded like the others' cancels against them exactly.
     """
 
     s: Tensor
-    scale: Tensor
-    row_bias: Tensor | None
-    col_bias: Tensor | None
-    row_ids: Tensor | None
-    col_ids: Tensor | None
+    rows: RowTerms
+    cols: ColTerms
     diagonal: int | None
     pairs: Pairs | None
 
@@ -41,25 +86,11 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What the stream left out, one per row: raw similarities, and logits."""
-
-    s: Tensor
-    logits: Tensor
-
-    def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.s[rows], self.logits[rows])
-
-
-@dataclass(frozen=True)
-class Running:
+class Running(Lines):
     """A running logsumexp for each line: value = max + log(sum)."""
 
     max: Tensor
     sum: Tensor
-
-    def __getitem__(self, lines: slice) -> Running:
-        return Running(self.max[lines], self.sum[lines])
 
     def log(self, minus: Tensor | None = None) -> Tensor:
         """The logsumexp, -inf for an empty line; `minus` is taken off before rounding.
@@ -81,14 +112,11 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(Lines):
     """One side of G_ij = sum over sides of weight * e^(l_ij - max); see Running.side."""
 
     max: Tensor
     weight: Tensor
-
-    def __getitem__(self, lines: slice) -> Side:
-        return Side(self.max[lines], self.weight[lines])
 
 
 @dataclass(frozen=True)
@@ -142,11 +170,11 @@ def _line(x: Tensor) -> Tensor:
 
 
 def _logits(tile: Tile) -> Tensor:
-    logits = tile.s * _line(tile.scale)
-    if tile.row_bias is not None:
-        logits += _line(tile.row_bias)
-    if tile.col_bias is not None:
-        logits += tile.col_bias
+    logits = tile.s * _line(tile.rows.scale)
+    if tile.rows.bias is not None:
+        logits += _line(tile.rows.bias)
+    if tile.cols.bias is not None:
+        logits += tile.cols.bias
     if tile.diagonal is not None and -tile.s.shape[0] < tile.diagonal < tile.s.shape[1]:
         dropped = torch.diagonal(logits, tile.diagonal)
         if tile.pairs is not None:
@@ -155,8 +183,8 @@ def _logits(tile: Tile) -> Tensor:
             tile.pairs.logits[here] = dropped
             tile.pairs.s[here] = torch.diagonal(tile.s, tile.diagonal)
         dropped.fill_(-torch.inf)
-    if tile.row_ids is not None and tile.col_ids is not None:
-        logits.masked_fill_(_line(tile.row_ids) == tile.col_ids, -torch.inf)
+    if tile.rows.ids is not None and tile.cols.ids is not None:
+        logits.masked_fill_(_line(tile.rows.ids) == tile.cols.ids, -torch.inf)
     return logits
 
 
@@ -239,5 +267,5 @@ class TorchTiles:
             sums.row_g.add_(g.sum(dim=1))
         if sums.col_g is not None:
             sums.col_g.add_(g.sum(dim=0))
-        torch.mul(g, _line(tile.scale), out=tile.s)
+        torch.mul(g, _line(tile.rows.scale), out=tile.s)
         _flush(tile.s)

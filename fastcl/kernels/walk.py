@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.kernels.dispatch import Gradients, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 from fastcl.kernels.plan import Chunk, TilePlan, row_slices
-from fastcl.kernels.tiles import Pairs, Sums, Tile
+from fastcl.kernels.tiles import ColTerms, Pairs, RowTerms, Sums, Tile
 
 
 @dataclass
@@ -129,10 +129,18 @@ class TileMaker:
         self.stream, self.plan, self.products = stream, plan, products
         self.unit: Tensor | None = None  # by which gradient tiles are multiplied; see Accumulator
         self.dtype = accumulation_dtype(stream.u.dtype)
-        self.storage = stream.u.new_empty(plan.workspace, dtype=self.dtype)
-        self.row_ids = self.col_ids = None
-        if stream.row_ids is not None and stream.col_ids is not None:
-            self.row_ids, self.col_ids = _codes(stream.row_ids, stream.col_ids, self.dtype)
+        self._views: dict[tuple[int, int, int], Tensor] = {}
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Storage for the similarities of a tile, and the lines' terms of the logits."""
+        stream = self.stream
+        self.storage = stream.u.new_empty(self.plan.workspace, dtype=self.dtype)
+        row_ids, col_ids = stream.row_ids, stream.col_ids
+        if row_ids is not None and col_ids is not None:
+            row_ids, col_ids = _codes(row_ids, col_ids, self.dtype)
+        self.row_terms = RowTerms(stream.scale, stream.row_bias, row_ids)
+        self.col_terms = ColTerms(stream.col_bias, col_ids)
 
     def rows(self) -> Iterator[tuple[Chunk, Any]]:
         """The chunks of u, each with its operand."""
@@ -156,33 +164,27 @@ class TileMaker:
         made: bool = False,
     ) -> Tile:
         """The tile of these chunks; `made`: it is still in the storage of a keeping plan."""
-        start = rows.size * cols.start if self.plan.keep else 0
-        s = self.storage[start : start + rows.size * cols.size].view(rows.size, cols.size)
+        s = self._view(rows.size * cols.start if self.plan.keep else 0, rows.size, cols.size)
         if not made:
             self.products.similarity(a, b, s)
         return Tile(s=s, **self.described(rows, cols, pairs))
 
+    def _view(self, start: int, rows: int, cols: int) -> Tensor:
+        """A part of the storage as a matrix; tiles of one size share it."""
+        key = start, rows, cols
+        if key not in self._views:
+            self._views[key] = self.storage[start : start + rows * cols].view(rows, cols)
+        return self._views[key]
+
     def described(self, rows: Chunk, cols: Chunk, pairs: Pairs | None) -> dict[str, Any]:
         """What a tile of these chunks says of its logits, all but the similarities."""
-        stream, r, c = self.stream, rows.slice, cols.slice
+        diagonal = self.stream.diagonal
         return {
-            "scale": _rows_of(stream.scale, r),
-            "row_bias": None if stream.row_bias is None else _rows_of(stream.row_bias, r),
-            "col_bias": None if stream.col_bias is None else stream.col_bias[c],
-            "row_ids": None if self.row_ids is None else self.row_ids[r],
-            "col_ids": None if self.col_ids is None else self.col_ids[c],
-            "diagonal": _shifted(stream.diagonal, rows.start - cols.start),
-            "pairs": None if pairs is None else pairs[r],
+            "rows": self.row_terms[rows.slice],
+            "cols": self.col_terms[cols.slice],
+            "diagonal": None if diagonal is None else diagonal + rows.start - cols.start,
+            "pairs": None if pairs is None else pairs[rows.slice],
         }
-
-
-def _shifted(diagonal: int | None, by: int) -> int | None:
-    return None if diagonal is None else diagonal + by
-
-
-def _rows_of(x: Tensor, rows: slice) -> Tensor:
-    """The rows of a per-row vector; a single number serves all rows."""
-    return x.reshape(1) if x.numel() == 1 else x[rows]
 
 
 def new_pairs(stream: Stream) -> Pairs | None:
@@ -207,9 +209,7 @@ class Accumulator:
     returned in that dtype instead of the inputs' own.
     """
 
-    def __init__(
-        self, maker: TileMaker, needs: Needs, *, store: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, maker: TileMaker, needs: Needs, *, store: torch.dtype | None = None) -> None:
         self.stream, self.products, self.needs = maker.stream, maker.products, needs
         u, keys = self.stream.u, self.stream.keys
         self.unit: Tensor | None = None
@@ -264,7 +264,7 @@ class Accumulator:
         self.products.gradients(tile.gradient, a, b, du_chunk, self.col_chunk(cols))
 
     def finish_rows(self, rows: Chunk, du_total: Total | None, grad_pairs: Tensor | None) -> None:
-        """Adds the pairs' own term to these rows of u's gradient, and stores them.
+        """Stores these rows of u's gradient where they are to be rounded, with the pairs' term.
 
         `grad_pairs` is the gradient with respect to the pairs' logits, so far as it is known.
         """
@@ -272,14 +272,15 @@ class Accumulator:
         if self.du is None or du_total is None:
             return
         du_chunk = du_total.finish()
+        if self.du.dtype == self.dtype:
+            return  # they lie where they belong; finish() does the rest for all rows at once
         if self.unit is not None:
             du_chunk /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:
             stop = min(rows.stop, paired_rows(stream))
             partners = stream.keys[stream.diagonal :]
             self._add_pairs(du_chunk, grad_pairs, partners, rows.start, stop)
-        if self.du.dtype != self.dtype:
-            self.du[rows.slice] = du_chunk
+        self.du[rows.slice] = du_chunk
 
     def finish(self, grad_pairs: Tensor | None = None, pair_s: Tensor | None = None) -> Gradients:
         """All gradients, in the dtypes and shapes of their inputs, the pairs' terms included."""
@@ -287,9 +288,14 @@ class Accumulator:
         symmetric, count = stream.v is None, paired_rows(stream)
         for total in self._chunks_of_dv.values():
             total.finish()
-        if self.unit is not None and self.dv is not None:
-            self.dv /= self.unit
+        du = self.du if self.du is not None and self.du.dtype == self.dtype else None
+        if self.unit is not None:
+            for gradient in (du, self.dv):
+                if gradient is not None:
+                    gradient /= self.unit
         if grad_pairs is not None and stream.diagonal is not None:
+            if du is not None:
+                self._add_pairs(du, grad_pairs, stream.keys[stream.diagonal :], 0, count)
             if self.dv is not None:
                 self._add_pairs(self.dv[stream.diagonal :], grad_pairs, stream.u, 0, count)
             if self.dv is not None and symmetric:
@@ -320,9 +326,8 @@ class Accumulator:
         self, target: Tensor, grad_pairs: Tensor, partners: Tensor, start: int, stop: int
     ) -> None:
         """target_(i - start) += scale_i grad_pairs_i partners_i for i in [start, stop)."""
-        factor = (grad_pairs[start:stop] * _rows_of(self.stream.scale, slice(start, stop))).to(
-            self.dtype
-        )
+        scale = RowTerms(self.stream.scale)[start:stop].scale
+        factor = (grad_pairs[start:stop] * scale).to(self.dtype)
         for part in row_slices(max(0, stop - start), target.shape[1]):
             here = slice(part.start + start, part.stop + start)
             target[part].addcmul_(factor[part, None], partners[here].to(self.dtype))

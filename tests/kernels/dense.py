@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcl.kernels.tiles import Pairs, Running, Side, Sums, Tile
+from fastcl.kernels.tiles import ColTerms, Pairs, RowTerms, Running, Side, Sums, Tile
 
 UNTOUCHED = 12345.0
 LONG = np.longdouble
@@ -70,11 +70,8 @@ class Given:
         s = storage[1:-1, 1 : cols + 1].copy_(self.s)
         return Tile(
             s,
-            self.scale,
-            self.row_bias,
-            self.col_bias,
-            self.row_ids,
-            self.col_ids,
+            RowTerms(self.scale, self.row_bias, self.row_ids),
+            ColTerms(self.col_bias, self.col_ids),
             self.options.diagonal,
             None if self.options.diagonal is None else Pairs(*pairs),
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.kernels.cpu import backend as compiled
 from fastcl.kernels.cpu.amx import AmxProducts
-from fastcl.kernels.tiles import Pairs, Running, Side, Sums, Tile
+from fastcl.kernels.tiles import ColTerms, Pairs, RowTerms, Running, Side, Sums, Tile
 from fastcl.kernels.walk import Total
 from tests.cases import LOSSES, Case
 
@@ -89,11 +89,9 @@ class Inputs:
         self.pairs = Pairs(torch.zeros(ROWS, dtype=dtype), torch.zeros(ROWS, dtype=dtype))
         self.tile = Tile(
             s=normal(ROWS, COLS),
-            scale=5 + normal(ROWS),
-            row_bias=normal(ROWS),
-            col_bias=20 * normal(COLS),  # far apart: both ways through a patch are taken
-            row_ids=row_ids,
-            col_ids=col_ids,
+            rows=RowTerms(5 + normal(ROWS), normal(ROWS), row_ids),
+            # Column biases far apart: both ways through a patch are taken.
+            cols=ColTerms(20 * normal(COLS), col_ids),
             diagonal=7,
             pairs=self.pairs,
         )

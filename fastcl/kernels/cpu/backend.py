@@ -57,22 +57,22 @@ class CompiledTiles:
     def _tile(self, tile: Tile) -> Any:
         double = tile.s.dtype == torch.float64
         make = self._extension.TileF64 if double else self._extension.TileF32
-        row_bias = tile.row_bias
+        s, rows, cols, pairs = tile.s, tile.rows, tile.cols, tile.pairs
         return make(
-            s=tile.s.data_ptr(),
-            rows=tile.s.shape[0],
-            cols=tile.s.shape[1],
-            ld=tile.s.stride(0),
-            scale=tile.scale.data_ptr(),
-            scale_stride=int(tile.scale.numel() > 1),
-            row_bias=_at(row_bias),
-            row_bias_stride=int(row_bias is not None and row_bias.numel() > 1),
-            col_bias=_at(tile.col_bias),
-            row_ids=_at(tile.row_ids),
-            col_ids=_at(tile.col_ids),
+            s=s.data_ptr(),
+            rows=s.shape[0],
+            cols=s.shape[1],
+            ld=s.stride(0),
+            scale=rows.scale.data_ptr(),
+            scale_stride=int(rows.scale.numel() > 1),
+            row_bias=_at(rows.bias),
+            row_bias_stride=int(rows.bias is not None and rows.bias.numel() > 1),
+            col_bias=_at(cols.bias),
+            row_ids=_at(rows.ids),
+            col_ids=_at(cols.ids),
             diagonal=tile.diagonal,
-            diagonal_s=0 if tile.pairs is None else _at(tile.pairs.s),
-            diagonal_l=0 if tile.pairs is None else _at(tile.pairs.logits),
+            diagonal_s=0 if pairs is None else pairs.s.data_ptr(),
+            diagonal_l=0 if pairs is None else pairs.logits.data_ptr(),
         )
 
     def softmax_statistics(self, tile: Tile, rows: Running | None, cols: Running | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.plan import Chunk, TilePlan
 from fastcl.kernels.streamed import StreamedPrimitives
-from fastcl.kernels.tiles import Pairs, Tile, TileKernels
+from fastcl.kernels.tiles import ColTerms, Pairs, RowTerms, Tile, TileKernels
 from fastcl.kernels.triton.plan import (
     ALIGNMENT,
     parts_of_gradient,
@@ -78,15 +78,14 @@ class FusedTileMaker(TileMaker):
 
     products: Any  # GpuProducts, which make no similarities
 
-    def __init__(self, stream: Stream, plan: TilePlan, products: GpuProducts) -> None:
-        self.stream, self.plan, self.products = stream, plan, products
-        self.dtype = torch.float32
-        self.unit: Tensor | None = None
-        u = stream.u
+    def allocate(self) -> None:
+        """Storage for kept similarities and for G; ids as they are."""
+        stream, plan, u = self.stream, self.plan, self.stream.u
         self.storage = u.new_empty(plan.workspace if plan.keep else 0, dtype=torch.float32)
-        self.parts = products.parts(plan)
+        self.parts = self.products.parts(plan)
         self.room = u.new_empty(self.parts * min(plan.rows, plan.n) * min(plan.cols, plan.m))
-        self.row_ids, self.col_ids = stream.row_ids, stream.col_ids
+        self.row_terms = RowTerms(stream.scale, stream.row_bias, stream.row_ids)
+        self.col_terms = ColTerms(stream.col_bias, stream.col_ids)
 
     def tile(
         self,

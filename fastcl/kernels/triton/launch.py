@@ -115,7 +115,7 @@ class TritonTiles(TorchTiles):
             *((tile.s, tile.s) if rows is None else (rows.max, rows.weight)),
             *((tile.s, tile.s) if cols is None else (cols.max, cols.weight)),
             tile.room,
-            tile.scale if tile.unit is None else tile.unit,
+            tile.rows.scale if tile.unit is None else tile.unit,
             *partials,
             KEPT=tile.made,
             SCALED=scaled,
@@ -148,7 +148,7 @@ class TritonTiles(TorchTiles):
             tile.s if row_weight is None else row_weight,
             loss,
             tile.room,
-            tile.scale if tile.unit is None else tile.unit,
+            tile.rows.scale if tile.unit is None else tile.unit,
             *partials,
             PAIRS=tile.pairs is not None,
             WEIGHTS=row_weight is not None,
@@ -166,17 +166,17 @@ class TritonTiles(TorchTiles):
 def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> None:
     """Runs a kernel over the blocks of a tile. Absent tensors are stood in for by the scale."""
     n, m = tile.shape
-    blocks, nothing = tile.blocks, tile.scale
-    row_bias, ids = tile.row_bias, tile.row_ids is not None
+    blocks, nothing = tile.blocks, tile.rows.scale
+    row_bias, ids = tile.rows.bias, tile.rows.ids is not None
     with _on(tile.u.device):
         kernel[(blocks.down(n) * blocks.across(m),)](
             tile.u,
             tile.v,
-            tile.scale,
+            tile.rows.scale,
             nothing if row_bias is None else row_bias,
-            nothing if tile.col_bias is None else tile.col_bias,
-            tile.row_ids if ids else nothing,
-            tile.col_ids if ids else nothing,
+            nothing if tile.cols.bias is None else tile.cols.bias,
+            tile.rows.ids if ids else nothing,
+            tile.cols.ids if ids else nothing,
             *arguments,
             n,
             m,
@@ -184,9 +184,9 @@ def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> Non
             tile.u.stride(0),
             tile.v.stride(0),
             D=tile.u.shape[1],
-            SCALES=1 + (tile.scale.numel() > 1),
+            SCALES=1 + (tile.rows.scale.numel() > 1),
             ROW_BIAS=0 if row_bias is None else 1 + (row_bias.numel() > 1),
-            COL_BIAS=tile.col_bias is not None,
+            COL_BIAS=tile.cols.bias is not None,
             IDS=ids,
             DIAGONAL=tile.diagonal is not None,
             BLOCK_M=blocks.m,
