@@ -132,9 +132,13 @@ class _Noted:
         out = a.chunk.new_empty(shape)
         self.replay.note(out, 1, lambda _: _multiply(a.chunk, b.chunk.T, out))
 
-    def gradients(self, g: Tensor, a: Any, b: Any, da: Total | None, db: Total | None) -> None:
+    def gradients(self, g: Any, a: Any, b: Any, da: Total | None, db: Total | None) -> None:
         of_a, of_b = self.replay.part(da), self.replay.part(db)
         self.products.gradients(g, a, b, da, db)
+        if not isinstance(g, Tensor):  # made within kernels, and its similarities for each side
+            if da is not None and db is not None:
+                self.fused(a, b)
+            g = a.chunk.new_empty(1, len(a.chunk), len(b.chunk))
 
         def again(buffers: _Buffers) -> None:
             fresh = (None if part is None else part.of(buffers) for part in (of_a, of_b))

@@ -166,6 +166,33 @@ LOSSES = [
 ]
 
 
+def _of_any_length(make: Callable[[Draw], Tensors]) -> Callable[[Draw], Tensors]:
+    """Embeddings as an encoder leaves them, not normalised."""
+
+    def make_longer(draw: Draw) -> Tensors:
+        tensors = make(draw)
+        return {
+            name: x * (2 + draw.normal(*x.shape[:-1], 1).tanh()) if x.dim() > 1 else x
+            for name, x in tensors.items()
+        }
+
+    return make_longer
+
+
+NORMALIZED = [
+    Case("clip-normalize", "clip_loss", _of_any_length(_clip), {"normalize": True}),
+    Case("siglip-normalize", "siglip_loss", _of_any_length(_siglip), {"normalize": True}),
+    Case("nt_xent-normalize", "nt_xent", _of_any_length(_nt_xent), {"normalize": True}),
+    Case("info_nce-normalize", "info_nce", _of_any_length(_queue), {"normalize": True}),
+    Case(
+        "info_nce-paired-normalize",
+        "info_nce",
+        _of_any_length(_mined),
+        {"negative_mode": "paired", "normalize": True},
+    ),
+]
+
+
 def _rectangle(draw: Draw) -> Tensors:
     u, v = draw.towers()
     keys = draw.keys or draw.n + draw.n // 2 + 2

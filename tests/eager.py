@@ -5,6 +5,10 @@ They take the arguments of fastcl's functions and work in the dtype of what they
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +29,20 @@ def _without_false_negatives(logits: Tensor, ids: Tensor | None) -> Tensor:
     return logits.masked_fill((ids[:, None] == ids[None, :]) & ~_eye(logits), -torch.inf)
 
 
+def normalizing(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss with an option `normalize`, as people normalise: in the dtype at hand."""
+
+    @functools.wraps(loss)
+    def wrapped(*embeddings: Tensor, normalize: bool = False, **given: Any) -> Tensor:
+        if normalize:
+            vectors = {k: x for k, x in given.items() if isinstance(x, Tensor) and x.dim() > 1}
+            given |= {name: F.normalize(x, dim=-1) for name, x in vectors.items()}
+        return loss(*embeddings, **given)
+
+    return wrapped
+
+
+@normalizing
 def clip_loss(image_features, text_features, logit_scale, *, ids=None, reduction="mean"):
     """open_clip's ClipLoss in one process."""
     per_image = logit_scale * image_features @ text_features.T
@@ -36,6 +54,7 @@ def clip_loss(image_features, text_features, logit_scale, *, ids=None, reduction
     return (losses[0] + losses[1]) / 2
 
 
+@normalizing
 def siglip_loss(
     image_features, text_features, logit_scale, logit_bias, *, ids=None, reduction="mean"
 ):
@@ -51,6 +70,7 @@ def siglip_loss(
     return loss.sum() / (len(logits) if reduction == "mean" else 1)
 
 
+@normalizing
 def info_nce(
     query,
     positive_key,
@@ -89,6 +109,7 @@ def info_nce(
     return F.cross_entropy(logits, torch.zeros_like(_labels(logits)), reduction=reduction)
 
 
+@normalizing
 def nt_xent(z0, z1, *, temperature=0.5, ids=None, reduction="mean"):
     """SimCLR's loss on the concatenated views."""
     z = torch.cat([z0, z1])

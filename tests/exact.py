@@ -9,6 +9,8 @@ of `tests.rule`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,10 +97,33 @@ def reduced(values: Array, reduction: str) -> tuple[Array, Array]:
     return values.sum() / count, np.full_like(values, cotangent(())) / count
 
 
+def normalizing(loss: Callable[..., Result]) -> Callable[..., Result]:
+    """The loss with an option `normalize`: of rows over their norms, and the way back from it."""
+
+    @functools.wraps(loss)
+    def wrapped(*embeddings: Array, normalize: bool = False, **given: Any) -> Result:
+        if not normalize:
+            return loss(*embeddings, **given)
+        norms = {
+            name: np.sqrt((x * x).sum(-1, keepdims=True))
+            for name, x in given.items()
+            if isinstance(x, np.ndarray) and x.ndim > 1
+        }
+        units = {name: given[name] / norm for name, norm in norms.items()}
+        outputs, back = loss(**{**given, **units})
+        for name, norm in norms.items():
+            y, g = units[name], back[name]
+            back[name] = (g - y * (y * g).sum(-1, keepdims=True)) / norm
+        return outputs, back
+
+    return wrapped
+
+
 def _of_temperature(scale_gradient, temperature):
     return -scale_gradient.sum() / temperature**2
 
 
+@normalizing
 def clip_loss(image_features, text_features, logit_scale, *, ids=None, reduction="mean") -> Result:
     """Cross-entropy over rows and columns."""
     m = Matrix(image_features, text_features, logit_scale)
@@ -112,6 +137,7 @@ def clip_loss(image_features, text_features, logit_scale, *, ids=None, reduction
     return [loss], gradients | {"logit_scale": back["scale"].sum()}
 
 
+@normalizing
 def siglip_loss(
     image_features, text_features, logit_scale, logit_bias, *, ids=None, reduction="mean"
 ) -> Result:
@@ -132,6 +158,7 @@ def siglip_loss(
     }
 
 
+@normalizing
 def info_nce(
     query,
     positive_key,
@@ -190,6 +217,7 @@ def info_nce(
     return [loss], gradients
 
 
+@normalizing
 def nt_xent(z0, z1, *, temperature, ids=None, reduction="mean") -> Result:
     """Cross-entropy over all views but each anchor's own."""
     n, z = len(z0), np.concatenate([z0, z1])

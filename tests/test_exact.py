@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests import exact
-from tests.cases import ALL, Case
+from tests.cases import ALL, NORMALIZED, Case
 from tests.rule import cast, check_rule, evaluate, truth
 
 
 @pytest.mark.parametrize("cone", [True, False])
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", [*ALL, *NORMALIZED], ids=str)
 def test_exact_formulas_are_the_references(case: Case, cone: bool) -> None:
     for seed in range(3):
         tensors = cast(case.tensors(seed, n=13, d=5, scale=6.0, cone=cone), torch.float64)

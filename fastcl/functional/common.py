@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcl.kernels import dispatch
 from fastcl.kernels.dtypes import accumulation_dtype
-from fastcl.similarity.inputs import check_choice
+from fastcl.similarity import ops
+from fastcl.similarity.inputs import check_choice, check_transforms
 from fastcl.similarity.statistics import LogSumExp
 
 Reduction = Literal["mean", "sum", "none"]
@@ -40,6 +42,14 @@ def contrast(positive: Tensor, *negatives: LogSumExp) -> Tensor:
     return loss
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Rows divided by their L2 norm, computed in float32 or wider, in the dtype they came in."""
-    return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
+def normalized(x: Tensor, backend: str) -> Tensor:
+    """Vectors [..., D] over their L2 norm, computed in float32 or wider, in their own dtype.
+
+    Beside the result only the norms are kept for the gradient, no float32 copy.
+    """
+    name = dispatch.resolve(backend, x.device)
+    if name == dispatch.REFERENCE:
+        return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
+    check_transforms(x)
+    y: Tensor = ops.normalize(x.reshape(-1, x.shape[-1]), name)[0]
+    return y.reshape(x.shape)

@@ -89,8 +89,9 @@ def info_nce(
         )
     scale = check_temperature(temperature, query)
     if normalize:
-        query, positive_key = normalized(query), normalized(positive_key)
-        negative_keys = None if negative_keys is None else normalized(negative_keys)
+        query, positive_key = normalized(query, backend), normalized(positive_key, backend)
+        if negative_keys is not None:
+            negative_keys = normalized(negative_keys, backend)
     if is_reference(backend, query, workspace):
         return reference.info_nce(
             query,

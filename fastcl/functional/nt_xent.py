@@ -69,7 +69,7 @@ def nt_xent(
     scale = check_temperature(temperature, z0)
     ids = check_ids("ids", ids, z0.shape[0], z0)
     if normalize:
-        z0, z1 = normalized(z0), normalized(z1)
+        z0, z1 = normalized(z0, backend), normalized(z1, backend)
     if is_reference(backend, z0, workspace):
         return reference.nt_xent(z0, z1, temperature=1 / scale, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}

@@ -73,7 +73,7 @@ def siglip_loss(
     bias = check_number("logit_bias", logit_bias, image)
     ids = check_ids("ids", ids, image.shape[0], image)
     if normalize:
-        image, text = normalized(image), normalized(text)
+        image, text = normalized(image, backend), normalized(text, backend)
     if is_reference(backend, image, workspace):
         return reference.siglip_loss(image, text, scale, bias, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}

@@ -132,6 +132,12 @@ class Backend(Protocol):
     def sigmoid_sum(self, stream: Stream, divisor: int, needs: Needs) -> tuple[Tensor, Gradients]:
         """(sum of softplus(l_ij), softplus(-l_ii) on the diagonal, over divisor; its gradients)."""
 
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows divided by their L2 norm, the norms in the accumulation dtype)."""
+
+    def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+        """The gradient of x, given that of its normalised rows."""
+
 
 _BACKENDS: dict[str, Backend] = {}
 _AUTO_ORDER: list[str] = []

@@ -27,7 +27,8 @@ class TilePlan(NamedTuple):
     """Tiles of at most `rows` x `cols`; `keep`: one row of tiles stays while its rows are finished.
 
     With `keep`, a loss whose row weights are known up front makes every tile once (6NMD in all);
-    without it, tiles are made again for the gradient (8NMD).
+    without it, tiles are made again for the gradient (8NMD). `owned`: programs that own some lines
+    make their gradient, from similarities made anew for each side, and no tile is stored.
     """
 
     n: int
@@ -35,6 +36,7 @@ class TilePlan(NamedTuple):
     rows: int
     cols: int
     keep: bool
+    owned: bool = False
 
     def row_chunks(self) -> Iterator[Chunk]:
         """The rows, in order."""
@@ -88,9 +90,9 @@ def plan_tiles(
             widened or packed, a row's gradient in float32).
 
     >>> plan_tiles(8192, 8192, 4, 32 << 20)
-    TilePlan(n=8192, m=8192, rows=1024, cols=2048, keep=False)
+    TilePlan(n=8192, m=8192, rows=1024, cols=2048, keep=False, owned=False)
     >>> plan_tiles(8192, 8192, 4, 32 << 20, keep=True)
-    TilePlan(n=8192, m=8192, rows=1024, cols=2048, keep=True)
+    TilePlan(n=8192, m=8192, rows=1024, cols=2048, keep=True, owned=False)
     >>> plan_tiles(8192, 1 << 20, 4, 32 << 20, keep=True).keep
     False
     """
@@ -117,7 +119,7 @@ def plan_symmetric(
     """Square tiles for a symmetric matrix, of which only the upper half is made.
 
     >>> plan_symmetric(10_000, 4, 32 << 20)
-    TilePlan(n=10000, m=10000, rows=1024, cols=1024, keep=False)
+    TilePlan(n=10000, m=10000, rows=1024, cols=1024, keep=False, owned=False)
     """
     while tile > 16:
         side = min(tile, n)

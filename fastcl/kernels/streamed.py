@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
+from fastcl.kernels.normalize import normalize, normalize_backward
 from fastcl.kernels.plan import Chunk, TilePlan, plan_symmetric, plan_tiles
 from fastcl.kernels.tiles import Pairs, Running, Side, Sums, TileKernels
 from fastcl.kernels.walk import (
@@ -176,10 +177,9 @@ class StreamedPrimitives:
         for c, b in maker.cols():
             tile = maker.tile(r, c, a, b, pairs=rows.pairs)
             self.kernels.softmax_online(tile, running, row_es, rescale)
-            if du is not None:
-                if not du.empty:
-                    du.sum *= rescale[:, None]
-                out.products.gradients(tile.gradient, a, b, du, None)
+            if du is not None and not du.empty:
+                du.sum *= rescale[:, None]
+            out.products.gradients(tile.gradient, a, b, du, None)
         weight = rows.finish(r.slice).weight  # G = weight e^(l - max)
         if out.sums.row_gs is not None:
             out.sums.row_gs[r.slice] = row_es * weight
@@ -259,6 +259,16 @@ class StreamedPrimitives:
             self.kernels.sigmoid(tile, row_loss, weights[r.slice], True, sums)
             out.add(tile, c, a, b, du)
         return du
+
+    # ---- L2 normalisation ----
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows divided by their L2 norm, the norms)."""
+        return normalize(x)
+
+    def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+        """The gradient of x, given that of its normalised rows."""
+        return normalize_backward(grad, x, norm)
 
 
 class _Rows:

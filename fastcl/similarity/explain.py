@@ -11,6 +11,7 @@ from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.kernels.plan import TilePlan
+from fastcl.kernels.triton.plan import PROCESSORS, blocks_for, by_library
 from fastcl.similarity.inputs import check_choice, check_dtype, check_workspace
 
 LossName = Literal["info_nce", "clip_loss", "siglip_loss", "nt_xent"]
@@ -74,8 +75,8 @@ def explain(
 ) -> Explanation:
     """How a loss's forward and backward would be computed: nothing is computed here.
 
-    The plan is a function of these arguments alone, so that a plan for a GPU can be read without
-    one.
+    The plan is a function of these arguments alone, so that a plan for a GPU (an H200) can be read
+    without one.
 
     Args:
         loss: "info_nce", "clip_loss", "siglip_loss" or "nt_xent", with mean or sum and gradients
@@ -126,27 +127,24 @@ def explain(
     # Of the symmetric matrix, tiles on the diagonal have no mirror image.
     diagonal = [(r, c) for r, c in pairs if symmetric and r.start == c.start]
     parts = found.products(stream).parts(plan)
-    if loss == "siglip_loss":
-        passes: tuple[str, ...] = ("loss and gradient", "two gradient products")
-        made = kernels = 1
-    elif plan.keep:
-        passes = ("statistics", "gradient from kept similarities", "two gradient products")
-        made, kernels = 1, 2
-    else:
-        passes = ("statistics", "gradient from similarities made again", "two gradient products")
-        made, kernels = 2, 2
+    passes, made, kernels = _passes(loss, plan)
+    of_side = (parts + 1, 1) if plan.owned else (parts, parts)  # products, and launches
     area, mirrorless = (sum(r.size * c.size for r, c in some) for some in (pairs, diagonal))
-    products = (made * area + parts * (2 * area - mirrorless)) / (n * m)
-    launches = len(pairs) * (kernels + 2 * parts) - len(diagonal) * parts
+    products = (made * area + of_side[0] * (2 * area - mirrorless)) / (n * m)
+    launches = len(pairs) * (kernels + 2 * of_side[1]) - len(diagonal) * of_side[1]
     fused = backend == "triton" and dtype != torch.float64
     if fused and loss != "siglip_loss":  # partial statistics are merged in launches of their own
         launches += len(pairs) * (1 if loss == "info_nce" else 2) - len(diagonal)
+    if fused and not plan.owned:  # similarities that the library makes are launches, too
+        blocks = blocks_for(dtype.itemsize, d)
+        few = [by_library(r.size, c.size, d, blocks, PROCESSORS) for r, c in pairs]
+        launches += made * sum(few)
     wide = accumulation_dtype(dtype)
     if loss in ("info_nce", "siglip_loss"):  # made in the forward, they wait for the backward
         accumulators = (n + m) * d
     else:
         accumulators = (m + min(plan.rows, n)) * d if dtype != wide else 0
-    tile = parts * min(plan.rows, n) * min(plan.cols, m)
+    tile = 0 if plan.owned else parts * min(plan.rows, n) * min(plan.cols, m)
     stored = plan.workspace * wide.itemsize if plan.keep or not fused else 0
     return Explanation(
         loss,
@@ -164,3 +162,17 @@ def explain(
         stored + (tile * dtype.itemsize if fused else 0),
         accumulators * wide.itemsize,
     )
+
+
+def _passes(loss: LossName, plan: TilePlan) -> tuple[tuple[str, ...], int, int]:
+    """(what is done with each tile, how often it is made for that, kernels beside the products)."""
+    statistics = () if loss == "siglip_loss" else ("statistics",)
+    count = len(statistics)
+    if plan.owned:  # the products, and the similarities for them, are the owners' kernels
+        what = "gradient" if statistics else "loss and gradient"
+        return (*statistics, f"{what} by the rows' owners, then the columns'"), count, count
+    if loss == "siglip_loss":
+        return ("loss and gradient", "two gradient products"), 1, 1
+    made = "kept similarities" if plan.keep else "similarities made again"
+    passes = (*statistics, f"gradient from {made}", "two gradient products")
+    return passes, 1 if plan.keep else 2, 2

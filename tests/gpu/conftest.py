@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastcl.kernels.triton import plan
+
+
+@pytest.fixture(params=["chunks", "owners"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How gradients of small embeddings are made: as of large ones, or by their owners."""
+    if request.param == "chunks":
+        monkeypatch.setattr(plan, "OWNED_DIM", 0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks them all, and skips them where there is no device."""

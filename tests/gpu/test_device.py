@@ -14,6 +14,8 @@ from torch import Tensor
 
 import fastcl
 
+pytestmark = pytest.mark.usefixtures("way")  # most embeddings here have 128 dimensions
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 SCALE, BIAS = 20.0, -10.0
 LOSSES: dict[str, Loss] = {

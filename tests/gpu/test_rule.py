@@ -16,7 +16,7 @@ from torch import Tensor
 import fastcl
 from fastcl.kernels.dtypes import accumulation_dtype
 from tests import eager
-from tests.cases import ALL, LOSSES, Case
+from tests.cases import ALL, LOSSES, NORMALIZED, Case
 from tests.rule import cast, cotangent
 
 HALF = (torch.bfloat16, torch.float16)
@@ -67,7 +67,8 @@ def _check(
     assert not broken, broken
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("case", [*ALL, *NORMALIZED], ids=str)
 def test_every_case(case: Case) -> None:
     _small(case, 64, torch.bfloat16)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,19 @@ from fastcl.kernels.streamed import StreamedPrimitives
 from fastcl.kernels.tiles import ColTerms, Pairs, RowTerms, Tile, TileKernels
 from fastcl.kernels.triton.plan import (
     ALIGNMENT,
+    blocks_for,
+    by_library,
+    owned,
     parts_of_gradient,
     plan_chunks,
+    plan_owned,
     plan_symmetric_chunks,
 )
-from fastcl.kernels.triton.support import installed, interpreted
+from fastcl.kernels.triton.support import architecture, installed, interpreted, processors
 from fastcl.kernels.walk import TileMaker, Total, add_product
+
+if TYPE_CHECKING:
+    from fastcl.kernels.triton.launch_owner import OwnedGradient
 
 
 class Operand(NamedTuple):
@@ -49,13 +56,26 @@ class GpuProducts:
 
     cols = rows
 
+    def similarity(self, a: Operand, b: Operand, out: Tensor) -> None:
+        """out = a b^T in float32, where that is not left to a kernel."""
+        x, y = a.chunk, b.chunk.T
+        if x.dtype == torch.float32:
+            torch.mm(x, y, out=out)
+        elif x.is_cuda:
+            out.copy_(torch.mm(x, y, out_dtype=torch.float32))
+        else:
+            torch.mm(x.float(), y.float(), out=out)
+
     def fused(self, a: Operand, b: Operand) -> None:
         """A kernel is about to multiply these itself: nothing to do, but benchmarks count it."""
 
     def gradients(
-        self, g: Tensor, a: Operand, b: Operand, da: Total | None, db: Total | None
+        self, g: Tensor | OwnedGradient, a: Operand, b: Operand, da: Total | None, db: Total | None
     ) -> None:
         """da += g b and db += g^T a, each where it is wanted."""
+        if not isinstance(g, Tensor):
+            g.into(da, db)
+            return
         for part in g:
             if da is not None:
                 _add_product(da, part, b.chunk)
@@ -83,7 +103,8 @@ class FusedTileMaker(TileMaker):
         stream, plan, u = self.stream, self.plan, self.stream.u
         self.storage = u.new_empty(plan.workspace if plan.keep else 0, dtype=torch.float32)
         self.parts = self.products.parts(plan)
-        self.room = u.new_empty(self.parts * min(plan.rows, plan.n) * min(plan.cols, plan.m))
+        tile = 0 if plan.owned else min(plan.rows, plan.n) * min(plan.cols, plan.m)
+        self.room = u.new_empty(self.parts * tile)
         self.row_terms = RowTerms(stream.scale, stream.row_bias, stream.row_ids)
         self.col_terms = ColTerms(stream.col_bias, stream.col_ids)
 
@@ -100,21 +121,35 @@ class FusedTileMaker(TileMaker):
         """The tile of these chunks; `made`: its similarities are in the storage of the plan."""
         from fastcl.kernels.triton.launch import FusedTile
 
-        if not made:
-            self.products.fused(a, b)
         size, keep = rows.size * cols.size, self.plan.keep
+        room = (0, 0) if self.plan.owned else (rows.size, cols.size)
         start = rows.size * cols.start if keep else 0
+        s = self.storage[start : start + size] if keep else self.storage
+        if not made and self._by_library(rows.size, cols.size, a.padded):
+            s = s if keep else s.new_empty(size)
+            self.products.similarity(a, b, s.view(rows.size, cols.size))
+            made = True
+        elif not made:
+            self.products.fused(a, b)
         described = self.described(rows, cols, pairs)
         return FusedTile(
-            s=self.storage[start : start + size] if keep else self.storage,
+            s=s,
             **described,
             u=a.padded,
             v=b.padded,
             unit=self.unit,
-            room=self.room[: self.parts * size].view(self.parts, rows.size, cols.size),
+            room=self.room[: self.parts * room[0] * room[1]].view(self.parts, *room),
             keep=keep,
             made=made,
+            owned=self.plan.owned,
         )
+
+    def _by_library(self, rows: int, cols: int, x: Tensor) -> bool:
+        if self.plan.owned:
+            return False
+        known = 90 if interpreted() else architecture(x.device)
+        blocks = blocks_for(x.element_size(), x.shape[1], known)
+        return by_library(rows, cols, x.shape[1], blocks, processors(x.device))
 
 
 class TritonBackend(StreamedPrimitives):
@@ -147,10 +182,28 @@ class TritonBackend(StreamedPrimitives):
         u, keys = stream.u, stream.keys
         if u.dtype == torch.float64:
             return super().plan(stream, keep=keep)
+        if owned(u.shape[1], u.element_size()):
+            return plan_owned(len(u), len(keys), u.shape[1], stream.workspace)
         if stream.v is None:
             return plan_symmetric_chunks(len(u), u.element_size(), stream.workspace)
         n, m, dim = len(u), len(keys), u.shape[1]
         return plan_chunks(n, m, dim, u.element_size(), stream.workspace, keep=keep)
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows divided by their L2 norm, the norms), in one launch."""
+        if x.dtype == torch.float64:
+            return super().normalize(x)
+        from fastcl.kernels.triton.normalize import normalize
+
+        return normalize(x)
+
+    def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+        """The gradient of x, given that of its normalised rows, in one launch."""
+        if x.dtype == torch.float64:
+            return super().normalize_backward(grad, x, norm)
+        from fastcl.kernels.triton.normalize import normalize_backward
+
+        return normalize_backward(grad, x, norm)
 
     def _maker(self, stream: Stream, *, keep: bool = False) -> TileMaker:
         make = TileMaker if stream.u.dtype == torch.float64 else FusedTileMaker

@@ -57,6 +57,13 @@ def similarity(
 
 
 @triton.jit
+def kept_similarity(kept_s, rows, cols, n, m):
+    """s of one block, as an earlier kernel or the library left it."""
+    at = kept_s + rows.to(tl.int64)[:, None] * m + cols[None, :]
+    return tl.load(at, mask=(rows < n)[:, None] & (cols < m)[None, :], other=0.0)
+
+
+@triton.jit
 def row_terms(scale, row_bias, rows, n, SCALES: tl.constexpr, ROW_BIAS: tl.constexpr):
     """(scale, bias) of each row: l = scale s + bias. The bias of rows past the end is -inf.
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcl.kernels.tiles import Running, Side, Sums, Tile, TorchTiles
+from fastcl.kernels.triton.launch_owner import OwnedGradient
 from fastcl.kernels.triton.plan import KEPT, Blocks, blocks_for, small_blocks
 from fastcl.kernels.triton.sigmoid import sigmoid
 from fastcl.kernels.triton.softmax import gradient, merge, statistics
-from fastcl.kernels.triton.support import interpreted
+from fastcl.kernels.triton.support import architecture, interpreted, on_device, precision
 
 _MERGE_BLOCK = 128
 
@@ -25,6 +24,7 @@ class FusedTile(Tile):
 
     ``s`` is where statistics keep them if `keep`, and where a gradient finds them if `made`; empty
     otherwise. Gradients go to ``room``, one matrix or two whose sum is meant, multiplied by `unit`.
+    If `owned` that has no size: the gradient waits in ``pending`` until it is multiplied.
     """
 
     u: Tensor
@@ -33,11 +33,13 @@ class FusedTile(Tile):
     unit: Tensor | None = None
     keep: bool = False
     made: bool = False
+    owned: bool = False
+    pending: list[OwnedGradient] = field(default_factory=list)
 
     @property
-    def gradient(self) -> Tensor:
-        """Where G is after a gradient function."""
-        return self.room
+    def gradient(self) -> Any:
+        """G after a gradient function, as GpuProducts take it."""
+        return self.pending.pop() if self.owned else self.room
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +78,8 @@ class TritonTiles(TorchTiles):
             *of_rows,
             *of_cols,
             PAIRS=tile.pairs is not None,
-            KEEP=tile.keep,
+            KEPT=tile.made,
+            KEEP=tile.keep and not tile.made,
             ROWS=rows is not None,
             COLS=cols is not None,
         )
@@ -95,18 +98,22 @@ class TritonTiles(TorchTiles):
         """tile.gradient <- e^(l - new max); rescale <- e^(old max - new max); row_es += sum e s."""
         if not isinstance(tile, FusedTile):
             return super().softmax_online(tile, rows, row_es, rescale)
-        if not tile.keep:
+        if not tile.keep and not tile.made and not tile.owned:
             tile = replace(tile, s=tile.u.new_empty(tile.shape, dtype=torch.float32), keep=True)
         before = rows.max.clone()
         self.softmax_statistics(tile, rows, None)
         rescale.copy_(torch.exp(before - torch.where(rows.max == -torch.inf, 0.0, rows.max)))
         row_es.mul_(rescale)
         unit = Side(rows.max, torch.ones_like(rows.max))
-        self._gradient(replace(tile, made=True), unit, None, Sums(row_gs=row_es), scaled=False)
+        tile = replace(tile, made=not tile.owned, pairs=None)
+        self._gradient(tile, unit, None, Sums(row_gs=row_es), scaled=False)
 
     def _gradient(
         self, tile: FusedTile, rows: Side | None, cols: Side | None, sums: Sums, *, scaled: bool
     ) -> None:
+        if tile.owned:
+            tile.pending.append(OwnedGradient(tile, rows, cols, sums, scaled))
+            return
         partials = _sum_partials(tile, sums)
         _launch(
             gradient,
@@ -138,6 +145,11 @@ class TritonTiles(TorchTiles):
         """row_loss_i += sum_j softplus(l_ij); tile.gradient <- scale_i weight_i sigmoid(l)."""
         if not isinstance(tile, FusedTile):
             return super().sigmoid(tile, row_loss, row_weight, gradient, sums)
+        if tile.owned and gradient:
+            weights = None if row_weight is None else Side(row_weight, row_weight)
+            owned = OwnedGradient(tile, weights, None, sums, sigmoid=True, row_loss=row_loss)
+            tile.pending.append(owned)
+            return
         n, m = tile.shape
         partials = _sum_partials(tile, sums)
         loss = tile.s if row_loss is None else row_loss.new_empty(tile.blocks.across(m), n)
@@ -145,12 +157,14 @@ class TritonTiles(TorchTiles):
             sigmoid,
             tile,
             *_pairs(tile),
+            tile.s,
             tile.s if row_weight is None else row_weight,
             loss,
             tile.room,
             tile.rows.scale if tile.unit is None else tile.unit,
             *partials,
             PAIRS=tile.pairs is not None,
+            KEPT=tile.made,
             WEIGHTS=row_weight is not None,
             LOSS=row_loss is not None,
             GRADIENT=gradient,
@@ -168,7 +182,7 @@ def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> Non
     n, m = tile.shape
     blocks, nothing = tile.blocks, tile.rows.scale
     row_bias, ids = tile.rows.bias, tile.rows.ids is not None
-    with _on(tile.u.device):
+    with on_device(tile.u.device):
         kernel[(blocks.down(n) * blocks.across(m),)](
             tile.u,
             tile.v,
@@ -202,26 +216,6 @@ def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> Non
         )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the tensors' device, whichever is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """90 for sm_90; 0 where there are no such numbers (ROCm)."""
-    if torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch is set."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
-
-
 def _pairs(tile: FusedTile) -> tuple[Tensor, Tensor]:
     return (tile.s, tile.s) if tile.pairs is None else (tile.pairs.s, tile.pairs.logits)
 
@@ -241,7 +235,7 @@ def _merge(partials: tuple[Tensor, Tensor], running: Running | None) -> None:
         return
     blocks, lines = partials[0].shape
     grid = (-(-lines // _MERGE_BLOCK),)
-    with _on(running.max.device):
+    with on_device(running.max.device):
         merge[grid](*partials, running.max, running.sum, lines, blocks, BLOCK=_MERGE_BLOCK)
 
 

@@ -19,6 +19,13 @@ KEPT_CHUNK = (4096, 16384)
 FEWEST_KEPT_ROWS = 2048  # fewer would read and write the accumulator of v for too little work
 SYMMETRIC_CHUNK = 8192
 SPLIT_UP_TO = 1 << 22  # pairs
+PROCESSORS = 132
+"""Multiprocessors of an H200 (an H100 SXM has as many)."""
+LONG = 2048
+"""Dimension from which on a product of few blocks is worth splitting."""
+OWNED_DIM = 128
+"""Up to this dimension, of 16-bit embeddings, gradients are made by their owners."""
+OWNED_CHUNK = 16384
 
 
 class Blocks(NamedTuple):
@@ -64,9 +71,101 @@ KEPT = Blocks(32, 128, 16, 4, 1)
 """The block where similarities are read, not made: nothing is multiplied, so it may be small."""
 
 
+def by_library(rows: int, cols: int, dim: int, blocks: Blocks, processors: int) -> bool:
+    """Whether a chunk's similarities are left to the matrix library, which the kernels then read.
+
+    A few blocks with long rows would leave most of a device idle, for long; the library splits
+    such products along D as well.
+
+    >>> by_library(512, 512, 4096, blocks_for(2, 4096), 132)
+    True
+    >>> by_library(512, 512, 768, blocks_for(2, 768), 132)
+    False
+    """
+    few = 2 * blocks.down(rows) * blocks.across(cols) <= processors
+    return few and dim >= LONG
+
+
 def small_blocks(dim: int) -> Blocks:
     """Blocks for the interpreter, where a program costs more than its arithmetic."""
     return Blocks(32, 64, 16 if dim <= 16 else 64, 4, 1)
+
+
+class OwnerBlocks(NamedTuple):
+    """The block of a program that owns `m` lines, and meets `n` others at a time."""
+
+    m: int
+    n: int
+    d: int
+    warps: int
+    stages: int
+
+    def down(self, lines: int) -> int:
+        """Blocks of owned lines."""
+        return -(-lines // self.m)
+
+    def across(self, others: int) -> int:
+        """Blocks of the others."""
+        return -(-others // self.n)
+
+
+def owned(dim: int, itemsize: int) -> bool:
+    """Whether gradients are made by their owners: where a whole row of one fits in registers.
+
+    >>> owned(128, 2), owned(768, 2), owned(128, 4)
+    (True, False, False)
+    """
+    return dim <= OWNED_DIM * 2 // itemsize
+
+
+def owner_blocks(dim: int, arch: int = 90) -> OwnerBlocks:
+    """The block of owners of (padded) dimension `dim`, on sm_`arch` (0: AMD).
+
+    Where the matrix units read the owned rows from registers (all but sm_90 and sm_100), half as
+    many rows leave room for their gradient.
+
+    >>> owner_blocks(128)
+    OwnerBlocks(m=128, n=64, d=128, warps=8, stages=2)
+    """
+    if arch == 0:
+        return OwnerBlocks(64, 32, _power_of_2(dim), 4, 2)
+    return OwnerBlocks(128 if 90 <= arch < 120 else 64, 64, _power_of_2(dim), 8, 2)
+
+
+def small_owner_blocks(dim: int) -> OwnerBlocks:
+    """Blocks for the interpreter."""
+    return OwnerBlocks(32, 64, _power_of_2(dim), 4, 1)
+
+
+def _power_of_2(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def owner_parts(n: int, m: int, blocks: OwnerBlocks, processors: int) -> int:
+    """In how many parts the walk over the others is cut, so that few owners fill a device.
+
+    >>> blocks = owner_blocks(128)
+    >>> owner_parts(65536, 65536, blocks, 132), owner_parts(4096, 4096, blocks, 132)
+    (1, 8)
+    """
+    return max(1, min(2 * processors // blocks.down(n), blocks.across(m) // 4))
+
+
+def plan_owned(n: int, m: int, dim: int, workspace: int) -> TilePlan:
+    """Cuts an n x m matrix whose gradients owners make: G takes no room, partial sums little.
+
+    >>> plan_owned(65536, 65536, 128, 256 << 20)
+    TilePlan(n=65536, m=65536, rows=16384, cols=16384, keep=False, owned=True)
+    """
+    rows = cols = OWNED_CHUNK
+    while rows > 128 and _owned_bytes(min(rows, n), min(cols, m), dim) > workspace:
+        rows, cols = rows // 2, cols // 2
+    return TilePlan(n, m, rows, cols, keep=False, owned=True)
+
+
+def _owned_bytes(rows: int, cols: int, dim: int) -> int:
+    """Partial statistics of both sides, 8 bytes for each line of a block; a gradient twice."""
+    return 2 * 8 * rows * cols // 128 + 8 * dim * max(rows, cols)
 
 
 def plan_chunks(
@@ -82,7 +181,7 @@ def plan_chunks(
             three products in place of four. Granted where at least 2048 rows (or all) fit.
 
     >>> plan_chunks(65536, 65536, 768, 2, 256 << 20)
-    TilePlan(n=65536, m=65536, rows=5632, cols=16384, keep=False)
+    TilePlan(n=65536, m=65536, rows=5632, cols=16384, keep=False, owned=False)
     """
     line, itemsize = 4 * dim, itemsize * _parts(n, m, itemsize)
     if keep:

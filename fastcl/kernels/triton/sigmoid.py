@@ -8,6 +8,7 @@ import triton.language as tl
 from fastcl.kernels.triton.block import (
     block_of,
     exp_above,
+    kept_similarity,
     logits,
     row_terms,
     similarity,
@@ -45,6 +46,7 @@ def sigmoid(
     col_ids,
     pair_s,
     pair_logits,
+    kept_s,
     row_weight,
     row_loss,
     g_out,
@@ -64,6 +66,7 @@ def sigmoid(
     IDS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     PAIRS: tl.constexpr,
+    KEPT: tl.constexpr,
     WEIGHTS: tl.constexpr,
     LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -84,9 +87,13 @@ def sigmoid(
     i, j = block_of(tl.program_id(0), n, m, BLOCK_M, BLOCK_N, GROUP)
     rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = similarity(
-        u, v, rows, cols, n, m, stride_u, stride_v, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
-    )
+    if KEPT:
+        s = kept_similarity(kept_s, rows, cols, n, m)
+    else:
+        s = similarity(
+            u, v, rows, cols, n, m, stride_u, stride_v, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
     of_rows, bias = row_terms(scale, row_bias, rows, n, SCALES, ROW_BIAS)
     x = logits(
         s, of_rows, bias, col_bias, row_ids, col_ids, diagonal, rows, cols, n, m,

@@ -14,6 +14,7 @@ from fastcl.kernels.triton.block import (
     block_of,
     exp_above,
     finite_or_zero,
+    kept_similarity,
     logits,
     row_terms,
     similarity,
@@ -50,6 +51,7 @@ def statistics(
     IDS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     PAIRS: tl.constexpr,
+    KEPT: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -61,13 +63,20 @@ def statistics(
     UPCAST: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Partial (maximum, sum of e^(l - maximum)) of each row and column of each block."""
+    """Partial (maximum, sum of e^(l - maximum)) of each row and column of each block.
+
+    KEPT: s is read, not made; KEEP: it is left for a later kernel to read.
+    """
     i, j = block_of(tl.program_id(0), n, m, BLOCK_M, BLOCK_N, GROUP)
     rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = similarity(
-        u, v, rows, cols, n, m, stride_u, stride_v, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
-    )
+    if KEPT:
+        s = kept_similarity(kept_s, rows, cols, n, m)
+    else:
+        s = similarity(
+            u, v, rows, cols, n, m, stride_u, stride_v, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
     of_rows, bias = row_terms(scale, row_bias, rows, n, SCALES, ROW_BIAS)
     x = logits(
         s, of_rows, bias, col_bias, row_ids, col_ids, diagonal, rows, cols, n, m,
@@ -166,8 +175,7 @@ def gradient(
     rows = i * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
     if KEPT:
-        at = kept_s + rows.to(tl.int64)[:, None] * m + cols[None, :]
-        s = tl.load(at, mask=(rows < n)[:, None] & (cols < m)[None, :], other=0.0)
+        s = kept_similarity(kept_s, rows, cols, n, m)
     else:
         s = similarity(
             u, v, rows, cols, n, m, stride_u, stride_v, D,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import functools
 import os
 import re
 import subprocess
@@ -23,7 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcl.kernels.triton.plan import ALIGNMENT, KEPT, blocks_for
+from fastcl.kernels.triton.normalize import (
+    rows_at_a_time,
+    rows_normalized,
+    rows_normalized_gradient,
+)
+from fastcl.kernels.triton.owner import owned_gradient
+from fastcl.kernels.triton.plan import ALIGNMENT, KEPT, OWNED_DIM, blocks_for, owner_blocks
 from fastcl.kernels.triton.sigmoid import sigmoid
 from fastcl.kernels.triton.softmax import gradient, statistics
 
@@ -34,23 +41,54 @@ SHARED = {80: 163_840, 90: 232_448, 100: 232_448, 120: 101_376, AMD: 65_536}
 
 _PLAIN = {"SCALES": 1, "ROW_BIAS": 0, "COL_BIAS": False, "IDS": False, "DIAGONAL": True}
 _EVERY = {"SCALES": 2, "ROW_BIAS": 2, "COL_BIAS": True, "IDS": True, "DIAGONAL": True}
+_PLAIN_OWNER = {
+    "SCALES": 1, "OWN_BIAS": 0, "OTHER_BIAS": 0, "IDS": False, "DIAGONAL": True,
+    "SCALED": True, "PRODUCT": True,
+}  # fmt: skip
 _BOTH, _ROWS = {"ROWS": True, "COLS": True}, {"ROWS": True, "COLS": False}
-_STATISTICS = {"PAIRS": True, "KEEP": False}
+_STATISTICS = {"PAIRS": True, "KEPT": False, "KEEP": False}
 _GRADIENT = {"KEPT": False, "SCALED": True, "ROW_GS": True}
-_SIGMOID = {"PAIRS": True, "WEIGHTS": True, "LOSS": True, "GRADIENT": True, "ROW_GS": True}
+_SIGMOID = {
+    "PAIRS": True,
+    "KEPT": False,
+    "WEIGHTS": True,
+    "LOSS": True,
+    "GRADIENT": True,
+    "ROW_GS": True,
+}
 _LARGE = {"ROW_G": False, "COL_G": False, "UNIT": False, "SPLIT": False}
 _SMALL = {"ROW_G": True, "COL_G": True, "UNIT": True, "SPLIT": True}
 ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
     "statistics": (statistics, _PLAIN | _BOTH | _STATISTICS),
     "statistics-kept": (statistics, _PLAIN | _ROWS | _STATISTICS | {"KEEP": True}),
+    "statistics-made": (statistics, _PLAIN | _BOTH | _STATISTICS | {"KEPT": True}),
     "statistics-every": (statistics, _EVERY | _BOTH | _STATISTICS),
     "gradient": (gradient, _PLAIN | _BOTH | _GRADIENT | _LARGE),
     "gradient-kept": (gradient, _PLAIN | _ROWS | _GRADIENT | _LARGE | {"KEPT": True}),
     "gradient-every": (gradient, _EVERY | _BOTH | _GRADIENT | _SMALL),
     "sigmoid": (sigmoid, _PLAIN | _SIGMOID | _LARGE | {"ROW_BIAS": 1, "ROW_G": True}),
+    "sigmoid-made": (sigmoid, _PLAIN | _SIGMOID | _LARGE | {"ROW_BIAS": 1, "KEPT": True}),
     "sigmoid-every": (sigmoid, _EVERY | _SIGMOID | _SMALL),
 }
-MAIN = ("statistics", "gradient", "sigmoid")  # what clip_loss and siglip_loss launch
+_OWNER = _PLAIN_OWNER | {"OWN": True, "SPLIT": False, "UNIT": False, "LOSS": False, "SUM_G": False}
+_OF_ROWS = {"TRANSPOSED": False, "SUM_GS": True}
+_OF_COLS = {"TRANSPOSED": True, "SUM_GS": False}
+_SOFTMAX = {"SIGMOID": False, "OTHER": True, "PAIRS": False}
+_OF_LOSS = {"PAIRS": True, "LOSS": True, "SUM_G": True, "OTHER_BIAS": 0, "OWN_BIAS": 1}
+_OWNER_SIGMOID = {"SIGMOID": True, "OWN": False, "OTHER": False, "PAIRS": False}
+OWNER_ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "owner-rows": (owned_gradient, _OWNER | _OF_ROWS | _SOFTMAX),
+    "owner-columns": (owned_gradient, _OWNER | _OF_COLS | _SOFTMAX),
+    "owner-sigmoid-rows": (owned_gradient, _OWNER | _OF_ROWS | _OWNER_SIGMOID | _OF_LOSS),
+    "owner-sigmoid-columns": (owned_gradient, _OWNER | _OF_COLS | _OWNER_SIGMOID),
+    "normalize": (rows_normalized, {}),
+    "normalize-gradient": (rows_normalized_gradient, {}),
+}
+ROUTES |= OWNER_ROUTES
+# What clip_loss and siglip_loss launch, for large embeddings and for small ones.
+MAIN = ("statistics", "gradient", "sigmoid")
+EMBEDDINGS = ("u", "v", "g_out", "own", "other", "x", "y", "g", "dx")  # pointers to what has D
+NUMBERS = ("n", "m", "diagonal", "lines", "blocks", "blocks_of_part")
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -70,31 +108,41 @@ class Compiled:
     per_element: float  # instructions of a thread, other than of the products, per element of S
 
 
+@functools.cache
 def compiled(route: str, arch: int | str, dtype: str, dim: int) -> Compiled:
     """Compiles one route of one kernel for one architecture."""
-    asked, (kernel, flags) = dim, ROUTES[route]
-    dim += -dim % ALIGNMENT  # as the launcher pads
-    blocks = blocks_for(DTYPES[dtype], dim, arch if isinstance(arch, int) else 0)
-    blocks = KEPT if flags.get("KEPT") else blocks
-    flags = flags | {
-        "D": dim,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "BLOCK_K": blocks.k,
-        "GROUP": blocks.group,
-        "PRECISION": "tf32" if dtype == "fp32" else "ieee",
-        "UPCAST": False,
-        "FAST": dtype != "fp32",
-    }
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    kernel, flags = ROUTES[route]
+    padded = dim + -dim % ALIGNMENT  # as the launcher pads
+    shape, options, elements = _blocks(kernel, flags, padded, dtype, arch)
+    more = {"PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False}
+    flags = flags | shape | more | {"D": padded, "D_OUT": dim, "FAST": dtype != "fp32"}
     amd = isinstance(arch, str)
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
-    binary = triton.compile(_source(kernel, flags, dtype, dim), target=target, options=options)
-    elements = blocks.m * blocks.n // (blocks.warps * target.warp_size)
+    binary = triton.compile(_source(kernel, flags, dtype, padded), target=target, options=options)
+    elements //= options["num_warps"] * target.warp_size
     read = _amd if amd else _nvidia
     return Compiled(
-        route, str(arch), dtype, asked, shared=binary.metadata.shared, **read(binary, elements)
+        route, str(arch), dtype, dim, shared=binary.metadata.shared, **read(binary, elements)
     )
+
+
+def _blocks(
+    kernel: Any, flags: dict[str, Any], dim: int, dtype: str, arch: int | str
+) -> tuple[dict[str, Any], dict[str, int], int]:
+    """(what the launcher passes of the block, the compiler's options, elements of the block)."""
+    if kernel in (rows_normalized, rows_normalized_gradient):
+        shape = rows_at_a_time(dim)
+        return shape, {"num_warps": 4, "num_stages": 3}, shape["ROWS"] * shape["COLS"]
+    known = arch if isinstance(arch, int) else 0
+    if kernel is owned_gradient:
+        owner = owner_blocks(dim, known)
+        shape = {"BLOCK_M": owner.m, "BLOCK_N": owner.n, "BLOCK_D": owner.d}
+        options = {"num_warps": owner.warps, "num_stages": owner.stages}
+        return shape, options, owner.m * owner.n
+    blocks = KEPT if flags.get("KEPT") else blocks_for(DTYPES[dtype], dim, known)
+    shape = {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "GROUP": blocks.group}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return shape, options, blocks.m * blocks.n
 
 
 def _source(kernel: Any, flags: dict[str, Any], dtype: str, dim: int) -> ASTSource:
@@ -102,12 +150,12 @@ def _source(kernel: Any, flags: dict[str, Any], dtype: str, dim: int) -> ASTSour
     names = [p.name for p in kernel.params]
     signature, attributes = {}, {}
     for position, name in enumerate(names):
-        kind = {"u": "*" + dtype, "v": "*" + dtype, "g_out": "*" + dtype}.get(name, "*fp32")
+        kind = "*" + dtype if name in EMBEDDINGS else "*fp32"
         if name in flags:
             kind = "constexpr"
-        elif name in ("row_ids", "col_ids"):
+        elif name.endswith("_ids"):
             kind = "*i64"
-        elif name in ("n", "m", "diagonal", "lines", "blocks", "stride_u", "stride_v"):
+        elif name in NUMBERS or name.startswith("stride"):
             kind = "i32"
         signature[name] = kind
         if kind.startswith("*") or (name.startswith("stride") and dim % 16 == 0):
@@ -153,7 +201,11 @@ def _amd(binary: Any, elements: int) -> dict[str, Any]:
 def grid() -> list[tuple[str, int | str, str, int]]:
     """What the table holds: main routes everywhere, all routes on sm_90."""
     cases = [(route, arch, "bf16", 768) for arch in (*NVIDIA, AMD) for route in MAIN]
-    cases += [(route, 90, "bf16", 768) for route in ROUTES if route not in MAIN]
+    others = [route for route in ROUTES if route not in MAIN and route not in OWNER_ROUTES]
+    cases += [(route, 90, "bf16", 768) for route in others]
+    cases += [(route, arch, "bf16", OWNED_DIM) for arch in (*NVIDIA, AMD) for route in OWNER_ROUTES]
+    cases += [(route, 90, "bf16", 64) for route in OWNER_ROUTES]
+    cases += [(route, 90, "fp32", OWNED_DIM // 2) for route in OWNER_ROUTES]
     cases += [(route, 90, dtype, 768) for dtype in ("fp16", "fp32") for route in MAIN]
     cases += [(route, 90, "bf16", dim) for dim in (64, 100, 4096) for route in MAIN]
     return cases

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import triton
 
+from fastcl.kernels.triton.plan import OWNED_DIM
 from fastcl.kernels.triton.support import interpreted
 from tests.kernels.triton.compiled import (
     AMD,
     MAIN,
     NVIDIA,
+    OWNER_ROUTES,
     ROUTES,
     SHARED,
     Compiled,
@@ -27,7 +29,7 @@ TABLE = Path(__file__).with_name("compiled.csv")
 
 def _check(made: Compiled, arch: int | str) -> None:
     assert made.shared <= SHARED[arch], made
-    if made.route in MAIN:
+    if made.route in MAIN or made.route in OWNER_ROUTES:
         assert made.spills == 0, made
 
 
@@ -35,6 +37,20 @@ def _check(made: Compiled, arch: int | str) -> None:
 @pytest.mark.parametrize("arch", [*NVIDIA, AMD])
 def test_main_routes_fit_every_architecture(arch: int | str, route: str) -> None:
     _check(compiled(route, arch, "bf16", 768), arch)
+
+
+@pytest.mark.parametrize("route", OWNER_ROUTES)
+@pytest.mark.parametrize("arch", [*NVIDIA, AMD])
+def test_routes_of_small_embeddings_fit_every_architecture(arch: int | str, route: str) -> None:
+    _check(compiled(route, arch, "bf16", OWNED_DIM), arch)
+
+
+@pytest.mark.parametrize("route", [route for route in OWNER_ROUTES if "owner" in route])
+@pytest.mark.parametrize("dim", [64, OWNED_DIM])
+def test_owners_multiply_and_copy_as_they_should(dim: int, route: str) -> None:
+    made = compiled(route, 90, "bf16", dim)
+    assert made.matrix == "HGMMA", made
+    assert made.copies > 0, made
 
 
 @pytest.mark.parametrize("route", MAIN)
@@ -46,7 +62,7 @@ def test_hopper_multiplies_and_copies_as_it_should(dim: int, route: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [route for route in ROUTES if route not in OWNER_ROUTES])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("dim", [1, 7, 100, 512, 1152, 4096])
 def test_every_route_and_dimension(dim: int, dtype: str, route: str) -> None:

@@ -7,16 +7,26 @@ are wrong, so that there the kernels widen their operands first: tests marked gp
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import fastcl
+from fastcl.kernels.triton import plan
+from fastcl.kernels.triton.backend import GpuProducts
 from tests.cases import ALL, LOSSES, PRIMITIVES, Case
 from tests.functional.test_adversarial import KINDS, nasty_draws
 from tests.rule import cast, check_rule, evaluate
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("chunks")]
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of large embeddings, G through memory, for small ones too; test_owner.py has both."""
+    monkeypatch.setattr(plan, "OWNED_DIM", 0)
+
 
 SLOW = pytest.mark.slow
 ONE_CHUNK = {"backend": "triton"}
@@ -50,6 +60,19 @@ def test_ragged_sizes(case: Case, n: int, d: int) -> None:
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_nasty_embeddings(case: Case, kind: str) -> None:
     check_rule(case, torch.float32, nasty_draws(case, KINDS[kind]), ONE_CHUNK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW)], ids=str)
+@pytest.mark.parametrize("case", ALL[::2], ids=str)
+def test_similarities_of_few_blocks_by_the_library(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "LONG", 1)
+    draws = [case.tensors(seed, 40, 20, scale=10.0, cone=True) for seed in range(6)]
+    made = mock.Mock(wraps=GpuProducts.similarity)
+    monkeypatch.setattr(GpuProducts, "similarity", lambda *args: made(*args))
+    check_rule(case, dtype, draws, ONE_CHUNK)
+    assert made.called
 
 
 @pytest.mark.parametrize("case", [c for c in PRIMITIVES if "v" in c.tensors()], ids=str)

@@ -67,6 +67,29 @@ def test_blocks_are_what_the_matrix_units_take(dim: int, itemsize: int, arch: in
     assert block.down(129) * block.m >= 129
 
 
+@given(lengths, lengths, st.integers(1, plan.OWNED_DIM), budgets)
+def test_owned_chunks_cover_the_matrix_within_the_budget(
+    n: int, m: int, dim: int, budget: int
+) -> None:
+    cut = plan.plan_owned(n, m, dim, budget)
+    assert cut.owned
+    assert sum(c.size for c in cut.row_chunks()) == n
+    rows, cols = min(cut.rows, n), min(cut.cols, m)
+    partials = 2 * 8 * rows * cols // 128
+    assert partials + 8 * dim * max(rows, cols) <= budget or cut.rows == 128
+
+
+@given(lengths, lengths, st.sampled_from([0, 80, 90, 100, 120]), st.integers(1, 304))
+def test_parts_share_all_blocks(n: int, m: int, arch: int, processors: int) -> None:
+    blocks = plan.owner_blocks(64, arch)
+    parts = plan.owner_parts(n, m, blocks, processors)
+    of_part = -(-blocks.across(m) // parts)
+    assert parts >= 1
+    assert of_part * parts >= blocks.across(m)
+    assert parts == 1 or parts * blocks.down(n) <= 2 * processors
+    assert parts == 1 or of_part >= 4  # a walk is worth its start
+
+
 def test_small_problems_split_g() -> None:
     small, large = (plan_chunks(n, n, 512, 2, 256 << 20) for n in (2048, 2049))
     assert (parts_of_gradient(small, 2), parts_of_gradient(large, 2)) == (2, 1)
