@@ -10,6 +10,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUNS   ?= runs
 BIN    := $(VENV)/bin
+# As many processes as processors, to four: tests are mostly small, and PyTorch has threads of its own.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-all gpu lint typecheck bench docs clean
 
@@ -19,12 +21,12 @@ demo: $(VENV)/installed
 	$(BIN)/fastcl train --method clip --data digits --out $(RUNS)/demo-clip
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels/triton
+	$(PYTEST) -m "not slow and not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests/kernels/triton
 
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not gpu and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter" tests/kernels/triton
+	$(PYTEST) -m "not gpu and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter" tests/kernels/triton
 
 # On a machine with a CUDA device, in the environment that PYTHON is (PyTorch, Triton, pytest,
 # hypothesis, pybind11, cmake, typer, rich, psutil): installs nothing, needs no network.

@@ -42,13 +42,6 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda x: ops.normalize(x, backend)[0], x)
 
 
-def test_opcheck(backend: str) -> None:
-    x = torch.randn(5, 3, requires_grad=True)
-    torch.library.opcheck(ops.normalize, (x, backend))
-    grad, norm = torch.randn(5, 3), torch.rand(5) + 1
-    torch.library.opcheck(ops.normalize_backward, (grad, x.detach(), norm, backend))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", NORMALIZED, ids=str)
 def test_layouts(case: Case, layout: str, backend: str) -> None:

@@ -100,11 +100,19 @@ def test_vector_operators() -> None:
             torch.library.opcheck(ops.pair_similarity_backward, (*args, wanted))
 
 
+def test_normalize(backend: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = rows(5, 3, dtype=dtype)
+        torch.library.opcheck(ops.normalize, (x, backend))
+        args = rows(5, 3, grad=False, dtype=dtype), x.detach(), torch.rand(5) + 1
+        torch.library.opcheck(ops.normalize_backward, (*args, backend))
+
+
 def test_every_operator_is_checked_here() -> None:
     """A new operator must get its opcheck: this list is compared with what is registered."""
     checked = {"logsumexp", "logsumexp_backward", "weighted_logsumexp", "scaled", "sigmoid_sum"}
     checked |= {"sigmoid_rows", "sigmoid_rows_backward", "pair_similarity"}
-    checked |= {"pair_similarity_backward"}
+    checked |= {"pair_similarity_backward", "normalize", "normalize_backward"}
     registered = {name.split("::")[1].split(".")[0] for name in _schemas()}
     assert registered == checked
 
