@@ -2,7 +2,8 @@
 
 The extension is optional: where it cannot be built, the package installs without it, and
 fastcl says once, at first use, that the portable kernels are in its place.
-FASTCL_BUILD=0 leaves it out; FASTCL_BUILD=1 makes a failed build an error.
+FASTCL_BUILD=0 leaves it out; FASTCL_BUILD=1 makes a failed build an error. FASTCL_CUDA=ON insists
+on csrc/cuda, which is otherwise compiled where nvcc is found; OFF leaves it out.
 """
 
 import os
@@ -40,6 +41,7 @@ class CMakeBuild(build_ext):
                 "Ninja",
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+                f"-DFASTCL_CUDA={os.environ.get('FASTCL_CUDA', 'AUTO')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ]

@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "cpu/amx.h"
 #include "cpu/tile.h"
+#include "cuda/build.h"
 
 namespace py = pybind11;
 using namespace fastcl;
@@ -101,6 +103,14 @@ void define_amx(py::module_& m) {
         Released());
 }
 
+#ifdef FASTCL_CUDA
+int cuda_runtime() { return cuda::runtime_version(); }
+std::string cuda_architectures() { return cuda::architectures(); }
+#else
+int cuda_runtime() { return 0; }
+std::string cuda_architectures() { return ""; }
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -109,4 +119,6 @@ PYBIND11_MODULE(_C, m) {
   define<float>(m, "TileF32");
   define<double>(m, "TileF64");
   define_amx(m);
+  m.def("cuda_runtime", &cuda_runtime, "Version of the CUDA runtime in csrc/cuda's part; 0 without.");
+  m.def("cuda_architectures", &cuda_architectures, "Architectures that part is compiled for.");
 }
