@@ -61,6 +61,7 @@ class Replay:
     operand_dtype: str = ""
     _steps: list[Callable[[_Buffers], None]] = field(default_factory=list)
     _buffers: dict[int, tuple[int, torch.dtype]] = field(default_factory=dict)
+    _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _keep: list[Tensor] = field(default_factory=list)  # while noting: no address is used twice
 
     @torch.no_grad()
@@ -83,6 +84,12 @@ class Replay:
         self._keep.append(out)
         self._buffers[key] = (storage.nbytes() // out.element_size(), out.dtype)
         return _Part(key, tuple(out.shape), out.stride(), int(out.storage_offset()), total.empty)
+
+    def scratch(self, like: Tensor, *shape: int) -> Tensor:
+        """Random numbers in place of what kernels keep to themselves, the same for every tile."""
+        if shape not in self._scratch:
+            self._scratch[shape] = torch.randn(shape, device=like.device).to(like.dtype)
+        return self._scratch[shape]
 
     def note(self, tile: Tensor, products: int, step: Callable[[_Buffers], None]) -> None:
         """Products over a tile, 2 * rows * cols * D FLOP each."""
@@ -128,17 +135,14 @@ class _Noted:
 
     def fused(self, a: Any, b: Any) -> None:
         """A product that a kernel makes within itself; bare, it is the library's of the same."""
-        shape = (len(a.chunk), len(b.chunk))
-        out = a.chunk.new_empty(shape)
+        out = self.replay.scratch(a.chunk, len(a.chunk), len(b.chunk))
         self.replay.note(out, 1, lambda _: _multiply(a.chunk, b.chunk.T, out))
 
     def gradients(self, g: Any, a: Any, b: Any, da: Total | None, db: Total | None) -> None:
         of_a, of_b = self.replay.part(da), self.replay.part(db)
         self.products.gradients(g, a, b, da, db)
-        if not isinstance(g, Tensor):  # made within kernels, and its similarities for each side
-            if da is not None and db is not None:
-                self.fused(a, b)
-            g = a.chunk.new_empty(1, len(a.chunk), len(b.chunk))
+        if not isinstance(g, Tensor):  # made and multiplied within kernels
+            g = self.replay.scratch(a.chunk, *g.shape)
 
         def again(buffers: _Buffers) -> None:
             fresh = (None if part is None else part.of(buffers) for part in (of_a, of_b))

@@ -49,6 +49,8 @@ class TilePlan(NamedTuple):
     @property
     def workspace(self) -> int:
         """Elements of tile storage."""
+        if self.owned:
+            return 0
         return min(self.rows, self.n) * (self.m if self.keep else min(self.cols, self.m))
 
 

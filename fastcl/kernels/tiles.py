@@ -24,7 +24,10 @@ class Lines:
     """
 
     def __getitem__(self: _L, lines: slice) -> _L:
-        """Views of these lines, made once: a walk asks for the same ones at many tiles."""
+        """Views of these lines, made once: a walk asks for the same ones at many tiles.
+
+        (They are views, so what is written to one is seen in all; no vector is ever rebound.)
+        """
         parts: dict[tuple[int, int], _L] = self.__dict__.setdefault("_parts", {})
         key = lines.start, lines.stop
         if key not in parts:
@@ -36,7 +39,7 @@ class Lines:
 def _part(x: Tensor | None, lines: slice) -> Tensor | None:
     if x is None:
         return None
-    return x.reshape(1) if x.numel() == 1 else x[lines]
+    return x.reshape(1) if x.numel() == 1 and lines.start < lines.stop else x[lines]
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ class Accumulator:
 
     def col_chunk(self, cols: Chunk) -> Total | None:
         """The accumulator for these rows of v's gradient, or None if it is not wanted."""
-        return self._chunks_of_dv.get(cols.start)
+        return None if self.dv is None else self._chunks_of_dv[cols.start]
 
     def add(self, tile: Tile, cols: Chunk, a: Any, b: Any, du_chunk: Total | None) -> None:
         """Adds what one gradient tile gives to both towers."""

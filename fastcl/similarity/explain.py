@@ -11,7 +11,7 @@ from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.kernels.plan import TilePlan
-from fastcl.kernels.triton.plan import PROCESSORS, blocks_for, by_library
+from fastcl.kernels.triton.plan import ALIGNMENT, PROCESSORS, blocks_for, by_library, owned_bytes
 from fastcl.similarity.inputs import check_choice, check_dtype, check_workspace
 
 LossName = Literal["info_nce", "clip_loss", "siglip_loss", "nt_xent"]
@@ -29,7 +29,7 @@ class Explanation:
         products: matrix products over the whole matrix, in units of 2 N M D FLOP.
         flops: FLOP of all products.
         launches: kernel launches and library products (on a CPU: calls).
-        workspace: bytes of tile storage.
+        workspace: bytes of tile storage; where no tile is stored, of partial sums.
         accumulators: bytes of gradients in float32 (float64) beside those that are returned.
     """
 
@@ -57,7 +57,7 @@ class Explanation:
             ("passes", "; ".join(self.passes)),
             ("products", f"{self.products:.3g} x 2NMD = {self.flops / 1e12:.3g} TFLOP"),
             ("launches", str(self.launches)),
-            ("workspace", f"{self.workspace / 2**20:.0f} MiB of tiles"),
+            ("workspace", f"{self.workspace / 2**20:.0f} MiB"),
             ("accumulators", f"{self.accumulators / 2**20:.0f} MiB of float32"),
         ]
         return "\n".join(f"{name:<13} {text}" for name, text in rows)
@@ -136,8 +136,9 @@ def explain(
     if fused and loss != "siglip_loss":  # partial statistics are merged in launches of their own
         launches += len(pairs) * (1 if loss == "info_nce" else 2) - len(diagonal)
     if fused and not plan.owned:  # similarities that the library makes are launches, too
-        blocks = blocks_for(dtype.itemsize, d)
-        few = [by_library(r.size, c.size, d, blocks, PROCESSORS) for r, c in pairs]
+        padded = d + -d % ALIGNMENT
+        blocks = blocks_for(dtype.itemsize, padded)
+        few = [by_library(r.size, c.size, padded, blocks, PROCESSORS) for r, c in pairs]
         launches += made * sum(few)
     wide = accumulation_dtype(dtype)
     if loss in ("info_nce", "siglip_loss"):  # made in the forward, they wait for the backward
@@ -145,7 +146,10 @@ def explain(
     else:
         accumulators = (m + min(plan.rows, n)) * d if dtype != wide else 0
     tile = 0 if plan.owned else parts * min(plan.rows, n) * min(plan.cols, m)
-    stored = plan.workspace * wide.itemsize if plan.keep or not fused else 0
+    if plan.owned:
+        stored = owned_bytes(min(plan.rows, n), min(plan.cols, m), d)
+    else:
+        stored = plan.workspace * wide.itemsize if plan.keep or not fused else 0
     return Explanation(
         loss,
         backend,

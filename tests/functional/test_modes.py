@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.similarity.statistics import pair_statistics
 from tests.cases import ALL, Case
 from tests.rule import cast, cotangent, evaluate
 
@@ -49,6 +50,27 @@ def test_nothing_unwritten_is_read(case: Case, dtype: torch.dtype, backend: str)
         options = case.options | {"backend": backend, "workspace": workspace}
         for name, x in evaluate(case.ours, tensors, options).items():
             assert x.isfinite().all(), (name, workspace)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kept", ["both", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_positives_alone(dtype: torch.dtype, kept: str, backend: str) -> None:
+    """No product is made for them, and what was never added to is zero."""
+    u = torch.randn(9, 4, dtype=dtype, requires_grad=True)
+    v = torch.randn(12, 4, dtype=dtype, requires_grad=True) if kept == "both" else None
+    how: dict[str, Any] = {"scale": 2.0, "positives": 2, "backend": backend}
+    positives = pair_statistics(u, v, **how, mirrored=v is None).positives
+    positives.sum().backward()
+    keys = u if v is None else v
+    expected = torch.zeros(len(u), 4, dtype=dtype)
+    expected[: len(positives)] += 2 * keys.detach()[2 : 2 + len(positives)]
+    if v is None:
+        expected[2:] += 2 * u.detach()[:7]
+    else:
+        assert v.grad is not None
+        assert torch.equal(v.grad[:2], torch.zeros(2, 4, dtype=dtype))
+    torch.testing.assert_close(u.grad, expected)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -12,7 +12,7 @@ from fastcl.kernels.triton import plan
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How gradients of small embeddings are made: as of large ones, or by their owners."""
     if request.param == "chunks":
-        monkeypatch.setattr(plan, "OWNED_DIM", 0)
+        monkeypatch.setattr(plan, "OWNED_DIM", {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,13 +108,14 @@ def test_a_device_that_is_not_the_current_one(loss: Loss) -> None:
 
 
 def test_another_n_compiles_nothing() -> None:
-    from fastcl.kernels.triton import softmax
+    from fastcl.kernels.triton import owner, softmax
 
+    kernels = softmax.statistics, softmax.gradient, owner.owned_gradient
     step(LOSSES["clip"], rows(300), rows(300))
-    before = _variants(softmax.statistics)
+    before = [_variants(kernel) for kernel in kernels]
     for n in (301, 302, 304, 1000, 1024):
         step(LOSSES["clip"], rows(n), rows(n))
-    assert _variants(softmax.statistics) == before
+    assert [_variants(kernel) for kernel in kernels] == before
 
 
 def _variants(kernel: object) -> int:
@@ -122,9 +123,10 @@ def _variants(kernel: object) -> int:
 
 
 @every_loss
-def test_memory_grows_with_n(loss: Loss) -> None:
+@pytest.mark.parametrize("d", [128, 256])
+def test_memory_grows_with_n(loss: Loss, d: int) -> None:
     """Beside inputs and gradients: the workspace, float32 accumulators of one tower, vectors."""
-    n, d = 16384, 256
+    n = 16384
     a, b = rows(n, d), rows(n, d)
     step(loss, a, b)
     torch.cuda.synchronize()

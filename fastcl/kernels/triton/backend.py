@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,7 +38,11 @@ class Operand(NamedTuple):
 
 
 class GpuProducts:
-    """The gradient products of a walk, in the inputs' dtype with float32 accumulators."""
+    """The products that no kernel makes, in the inputs' dtype with float32 accumulators.
+
+    Those are a gradient's; where owners make it, this only says where to; and similarities of few
+    blocks with long rows.
+    """
 
     narrow = True
 
@@ -67,7 +72,7 @@ class GpuProducts:
             torch.mm(x.float(), y.float(), out=out)
 
     def fused(self, a: Operand, b: Operand) -> None:
-        """A kernel is about to multiply these itself: nothing to do, but benchmarks count it."""
+        """A kernel multiplies these itself: nothing to do, but benchmarks count it."""
 
     def gradients(
         self, g: Tensor | OwnedGradient, a: Operand, b: Operand, da: Total | None, db: Total | None
@@ -96,7 +101,7 @@ def _add_product(total: Total, x: Tensor, y: Tensor) -> None:
 class FusedTileMaker(TileMaker):
     """Hands out tiles that are not made yet, with room for their gradient."""
 
-    products: Any  # GpuProducts, which make no similarities
+    products: GpuProducts  # type: ignore[assignment]
 
     def allocate(self) -> None:
         """Storage for kept similarities and for G; ids as they are."""
@@ -129,8 +134,6 @@ class FusedTileMaker(TileMaker):
             s = s if keep else s.new_empty(size)
             self.products.similarity(a, b, s.view(rows.size, cols.size))
             made = True
-        elif not made:
-            self.products.fused(a, b)
         described = self.described(rows, cols, pairs)
         return FusedTile(
             s=s,
@@ -142,6 +145,8 @@ class FusedTileMaker(TileMaker):
             keep=keep,
             made=made,
             owned=self.plan.owned,
+            multiplied=functools.partial(self.products.fused, a, b),
+            spare=self.stream.workspace // 2,
         )
 
     def _by_library(self, rows: int, cols: int, x: Tensor) -> bool:
@@ -153,7 +158,7 @@ class FusedTileMaker(TileMaker):
 
 
 class TritonBackend(StreamedPrimitives):
-    """Triton kernels for everything between the embeddings and G, cuBLAS for the gradients."""
+    """Triton kernels between the embeddings and G, and for small ones up to their gradients."""
 
     made_for: tuple[str, ...] = ("cuda",)
 
@@ -182,7 +187,7 @@ class TritonBackend(StreamedPrimitives):
         u, keys = stream.u, stream.keys
         if u.dtype == torch.float64:
             return super().plan(stream, keep=keep)
-        if owned(u.shape[1], u.element_size()):
+        if owned(u.shape[1], u.element_size()) and torch.version.hip is None:  # AMD: not tried
             return plan_owned(len(u), len(keys), u.shape[1], stream.workspace)
         if stream.v is None:
             return plan_symmetric_chunks(len(u), u.element_size(), stream.workspace)

@@ -37,7 +37,7 @@ def similarity(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """s = u v^T of one block. Rows past the end repeat the last one: the caller drops them."""
+    """s = u v^T of one block; 0 past the end, where the last row is read again."""
     k = tl.arange(0, BLOCK_K)
     u_at = u + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_u + k[None, :]
     v_at = v + tl.minimum(cols, m - 1).to(tl.int64)[:, None] * stride_v + k[None, :]
@@ -53,6 +53,14 @@ def similarity(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
+    return zero_outside(s, rows, cols, n, m)
+
+
+@triton.jit
+def zero_outside(s, rows, cols, n, m):
+    """s, and 0 past the last row or column: an infinity there would be a NaN of others' sums."""
+    if (tl.max(rows, axis=0) >= n) | (tl.max(cols, axis=0) >= m):  # few blocks pay
+        s = tl.where((rows < n)[:, None] & (cols < m)[None, :], s, 0.0)
     return s
 
 

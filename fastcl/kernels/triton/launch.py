@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,12 +35,14 @@ class FusedTile(Tile):
     keep: bool = False
     made: bool = False
     owned: bool = False
-    pending: list[OwnedGradient] = field(default_factory=list)
+    multiplied: Callable[[], None] = lambda: None  # a kernel makes the similarities itself
+    spare: int = 0  # bytes for what owners add up
+    pending: list[OwnedGradient] = field(default_factory=list)  # replace() shares it
 
     @property
     def gradient(self) -> Any:
         """G after a gradient function, as GpuProducts take it."""
-        return self.pending.pop() if self.owned else self.room
+        return self.pending[-1] if self.owned else self.room
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,6 +182,8 @@ class TritonTiles(TorchTiles):
 
 def _launch(kernel: Any, tile: FusedTile, *arguments: Any, **flags: bool) -> None:
     """Runs a kernel over the blocks of a tile. Absent tensors are stood in for by the scale."""
+    if not tile.made:
+        tile.multiplied()
     n, m = tile.shape
     blocks, nothing = tile.blocks, tile.rows.scale
     row_bias, ids = tile.rows.bias, tile.rows.ids is not None

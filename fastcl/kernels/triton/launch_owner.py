@@ -39,64 +39,81 @@ class OwnedGradient:
     sigmoid: bool = False
     row_loss: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of G."""
-        return self.tile.shape
-
     def into(self, da: Total | None, db: Total | None) -> None:
         """da += g b and db += g^T a, each where it is wanted, and all sums."""
         tile, sums = self.tile, self.sums
-        by_row = (self.row_loss, sums.row_gs, sums.row_g, tile.pairs)
-        if da is not None or any(x is not None for x in by_row):
-            self._walk(da, _Side(tile.u, tile.rows, self.rows), _Side(tile.v, tile.cols, self.cols))
-        if db is not None or sums.col_g is not None:
-            self._walk(
-                db,
-                _Side(tile.v, tile.cols, self.cols),
-                _Side(tile.u, tile.rows, self.rows),
-                transposed=True,
-            )
+        rows = _Half(tile.u, tile.rows, self.rows, (self.row_loss, sums.row_gs, sums.row_g))
+        cols = _Half(tile.v, tile.cols, self.cols, (None, None, sums.col_g))
+        if da is not None or tile.pairs is not None or rows.has_sums:
+            self._walk(da, rows, cols, transposed=False)
+        if db is not None or cols.has_sums:
+            self._walk(db, cols, rows, transposed=True)
 
-    def _walk(
-        self, total: Total | None, own: _Side, other: _Side, *, transposed: bool = False
-    ) -> None:
-        """One launch: every owned line with all of the others."""
-        tile, sums, nothing = self.tile, self.sums, self.tile.rows.scale
-        n, m, dim = len(own.x), len(other.x), own.x.shape[1]
-        blocks = _blocks(own.x)
-        parts = owner_parts(n, m, blocks, processors(own.x.device))
-        gs, g, loss = (
-            (None, sums.col_g, None) if transposed else (sums.row_gs, sums.row_g, self.row_loss)
-        )
-        made = [None if x is None else x.new_empty(parts, n) for x in (loss, gs, g)]
-        direct = total is not None and parts == 1 and total.empty
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what would be stored: matrices whose sum is meant, rows, columns."""
+        return len(self.tile.room), *self.tile.shape
+
+    def _walk(self, total: Total | None, own: _Half, other: _Half, *, transposed: bool) -> None:
+        """Every owned line meets all of the others, in parts whose results are added in order."""
+        n, width = len(own.x), 0 if total is None else total.sum.shape[1]
+        blocks, device = _blocks(own.x), own.x.device
+        parts = owner_parts(n, len(other.x), blocks, processors(device), self.tile.spare)
+        sums = [None if x is None else x.new_empty(parts, n) for x in own.sums]
+        first = total is not None and total.begin()
         out = None
         if total is not None:
-            width = total.sum.shape[1]
-            out = total.sum if direct else total.sum.new_empty(parts, n, width)
+            alone = first and parts == 1
+            out = total.sum if alone else total.sum.new_empty(parts, n, width)
+        self._launch(own, other, blocks, parts, sums, out, width, transposed)
+        for whole, in_parts in zip(own.sums, sums, strict=True):
+            if whole is not None and in_parts is not None:
+                whole += in_parts.sum(dim=0)
+        if total is None or out is None or out is total.sum:
+            return
+        if first:
+            torch.sum(out, dim=0, out=total.sum)
+        else:
+            total.sum += out.sum(dim=0)
+
+    def _launch(
+        self,
+        own: _Half,
+        other: _Half,
+        blocks: OwnerBlocks,
+        parts: int,
+        sums: list[Tensor | None],
+        out: Tensor | None,
+        width: int,
+        transposed: bool,
+    ) -> None:
+        """Absent tensors are stood in for by the scale."""
+        self.tile.multiplied()
+        tile, nothing = self.tile, self.tile.rows.scale
         pairs = None if transposed else tile.pairs
         diagonal = 0 if tile.diagonal is None else tile.diagonal
+        present: tuple[Tensor | None, ...] = (
+            tile.rows.scale,
+            *(own.terms.bias, other.terms.bias, own.terms.ids, other.terms.ids),
+            *(own.lines + other.lines),
+            tile.unit,
+            *((None, None) if pairs is None else (pairs.s, pairs.logits)),
+            *sums,
+            out,
+        )
         with on_device(own.x.device):
-            owned_gradient[(blocks.down(n), parts)](
+            owned_gradient[(blocks.down(len(own.x)), parts)](
                 own.x,
                 other.x,
-                tile.rows.scale,
-                *(_or(x, nothing) for x in (own.bias, other.bias, own.ids, other.ids)),
-                *own.lines(nothing),
-                *other.lines(nothing),
-                _or(tile.unit, nothing),
-                *((nothing, nothing) if pairs is None else (pairs.s, pairs.logits)),
-                *(_or(x, nothing) for x in made),
-                _or(out, nothing),
-                n,
-                m,
+                *(nothing if x is None else x for x in present),
+                len(own.x),
+                len(other.x),
                 -diagonal if transposed else diagonal,
-                -(-blocks.across(m) // parts),
+                -(-blocks.across(len(other.x)) // parts),
                 own.x.stride(0),
                 other.x.stride(0),
-                D=dim,
-                D_OUT=dim if total is None else total.sum.shape[1],
+                D=own.x.shape[1],
+                D_OUT=width,
                 TRANSPOSED=transposed,
                 SIGMOID=self.sigmoid,
                 SCALES=1 + (tile.rows.scale.numel() > 1),
@@ -108,9 +125,9 @@ class OwnedGradient:
                 OTHER=other.side is not None,
                 PAIRS=pairs is not None,
                 SCALED=self.scaled,
-                LOSS=loss is not None,
-                SUM_GS=gs is not None,
-                SUM_G=g is not None,
+                LOSS=sums[0] is not None,
+                SUM_GS=sums[1] is not None,
+                SUM_G=sums[2] is not None,
                 PRODUCT=out is not None,
                 SPLIT=len(tile.room) == 2,
                 UNIT=tile.unit is not None,
@@ -123,45 +140,33 @@ class OwnedGradient:
                 num_warps=blocks.warps,
                 num_stages=blocks.stages,
             )
-        for sum_of_lines, parts_of_it in zip((loss, gs, g), made, strict=True):
-            if sum_of_lines is not None and parts_of_it is not None:
-                sum_of_lines += parts_of_it.sum(dim=0)
-        if total is not None and out is not None:
-            first = total.begin()
-            if first and not direct:
-                torch.sum(out, dim=0, out=total.sum)
-            elif not first:
-                total.sum += out.sum(dim=0)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One side of a tile: its embeddings, its terms of the logits, its side of G."""
+class _Half:
+    """Rows or columns: their embeddings, terms of the logits, side of G, and the sums they want.
+
+    The sums are those of the loss, of G s, and of G.
+    """
 
     x: Tensor
     terms: RowTerms | ColTerms
     side: Side | None
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None]
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.terms.bias
-
-    @property
-    def ids(self) -> Tensor | None:
-        return self.terms.ids
+    def has_sums(self) -> bool:
+        return any(x is not None for x in self.sums)
 
     @property
     def kind_of_bias(self) -> int:
         """0: none, 1: one number for all, 2: one for each line."""
-        return 0 if self.bias is None else 1 + (self.bias.numel() > 1)
+        bias = self.terms.bias
+        return 0 if bias is None else 1 + (bias.numel() > 1)
 
-    def lines(self, nothing: Tensor) -> tuple[Tensor, Tensor]:
-        return (nothing, nothing) if self.side is None else (self.side.max, self.side.weight)
-
-
-def _or(x: Tensor | None, nothing: Tensor) -> Tensor:
-    """Absent tensors are stood in for by one that is there."""
-    return nothing if x is None else x
+    @property
+    def lines(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.side is None else (self.side.max, self.side.weight)
 
 
 def _blocks(x: Tensor) -> OwnerBlocks:

@@ -11,18 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcl.kernels.triton.block import exp_above, finite_or_zero, meets_diagonal, store_pairs
+from fastcl.kernels.triton.block import (
+    exp_above,
+    finite_or_zero,
+    meets_diagonal,
+    store_pairs,
+    zero_outside,
+)
 from fastcl.kernels.triton.sigmoid import log1p_of_unit
 
 
 @triton.jit
 def lines_of(x, lines, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Embeddings [lines, BLOCK_D], zero beyond D. Lines past the end repeat the last one."""
+    """Embeddings [lines, BLOCK_D], zero beyond D and past the end (where G is zero, too)."""
     k = tl.arange(0, BLOCK_D)
-    at = x + tl.minimum(lines, count - 1).to(tl.int64)[:, None] * stride + k[None, :]
-    if D == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=k[None, :] < D, other=0.0)
+    at = x + lines.to(tl.int64)[:, None] * stride + k[None, :]
+    return tl.load(at, mask=(lines < count)[:, None] & (k < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -126,6 +130,7 @@ def owned_gradient(
     id_own = lines
     if IDS:
         id_own = tl.load(own_ids + lines, mask=held, other=0)
+    by = tl.load(unit) if UNIT else 1.0
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     loss = tl.zeros((BLOCK_M,), tl.float32)
     sum_gs = tl.zeros((BLOCK_M,), tl.float32)
@@ -140,6 +145,7 @@ def owned_gradient(
             s = tl.dot(x_own.to(tl.float32), tl.trans(x_other).to(tl.float32))
         else:
             s = tl.dot(x_own, tl.trans(x_other), input_precision=PRECISION)
+        s = zero_outside(s, lines, others, n, m)
         bias_other = term(other_bias, others, there, OTHER_BIAS, 0.0)
         bias_other = tl.where(there, bias_other, -float("inf"))
         # As in the statistics: the row's terms first, so that logits are rounded alike.
@@ -186,7 +192,7 @@ def owned_gradient(
             if SCALED:
                 g *= factor
             if UNIT:
-                g *= tl.load(unit)
+                g *= by
             total = product(g, x_other, total, SPLIT, PRECISION, UPCAST)
     at = part * n + lines
     if LOSS:

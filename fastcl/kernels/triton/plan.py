@@ -23,8 +23,9 @@ PROCESSORS = 132
 """Multiprocessors of an H200 (an H100 SXM has as many)."""
 LONG = 2048
 """Dimension from which on a product of few blocks is worth splitting."""
-OWNED_DIM = 128
-"""Up to this dimension, of 16-bit embeddings, gradients are made by their owners."""
+OWNED_DIM = {2: 128}
+"""Up to this dimension, by bytes of a number, gradients are made by their owners. Not of float32:
+its exact products are made of many instructions, which owners would issue once more."""
 OWNED_CHUNK = 16384
 
 
@@ -115,11 +116,11 @@ def owned(dim: int, itemsize: int) -> bool:
     >>> owned(128, 2), owned(768, 2), owned(128, 4)
     (True, False, False)
     """
-    return dim <= OWNED_DIM * 2 // itemsize
+    return dim <= OWNED_DIM.get(itemsize, 0)
 
 
 def owner_blocks(dim: int, arch: int = 90) -> OwnerBlocks:
-    """The block of owners of (padded) dimension `dim`, on sm_`arch` (0: AMD).
+    """The block of owners of (padded) dimension `dim`, on sm_`arch`.
 
     Where the matrix units read the owned rows from registers (all but sm_90 and sm_100), half as
     many rows leave room for their gradient.
@@ -127,8 +128,6 @@ def owner_blocks(dim: int, arch: int = 90) -> OwnerBlocks:
     >>> owner_blocks(128)
     OwnerBlocks(m=128, n=64, d=128, warps=8, stages=2)
     """
-    if arch == 0:
-        return OwnerBlocks(64, 32, _power_of_2(dim), 4, 2)
     return OwnerBlocks(128 if 90 <= arch < 120 else 64, 64, _power_of_2(dim), 8, 2)
 
 
@@ -141,14 +140,17 @@ def _power_of_2(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def owner_parts(n: int, m: int, blocks: OwnerBlocks, processors: int) -> int:
+def owner_parts(n: int, m: int, blocks: OwnerBlocks, processors: int, room: int) -> int:
     """In how many parts the walk over the others is cut, so that few owners fill a device.
 
+    The parts' gradients and their sum must fit `room`, in bytes.
+
     >>> blocks = owner_blocks(128)
-    >>> owner_parts(65536, 65536, blocks, 132), owner_parts(4096, 4096, blocks, 132)
-    (1, 8)
+    >>> [owner_parts(n, n, blocks, 132, 128 << 20) for n in (1024, 4096, 16384)]
+    [4, 8, 2]
     """
-    return max(1, min(2 * processors // blocks.down(n), blocks.across(m) // 4))
+    fitting = room // (4 * blocks.d * n) - 1
+    return max(1, min(2 * processors // blocks.down(n), blocks.across(m) // 4, fitting))
 
 
 def plan_owned(n: int, m: int, dim: int, workspace: int) -> TilePlan:
@@ -158,14 +160,17 @@ def plan_owned(n: int, m: int, dim: int, workspace: int) -> TilePlan:
     TilePlan(n=65536, m=65536, rows=16384, cols=16384, keep=False, owned=True)
     """
     rows = cols = OWNED_CHUNK
-    while rows > 128 and _owned_bytes(min(rows, n), min(cols, m), dim) > workspace:
+    while rows > 128 and owned_bytes(min(rows, n), min(cols, m), dim) > workspace // 2:
         rows, cols = rows // 2, cols // 2
     return TilePlan(n, m, rows, cols, keep=False, owned=True)
 
 
-def _owned_bytes(rows: int, cols: int, dim: int) -> int:
-    """Partial statistics of both sides, 8 bytes for each line of a block; a gradient twice."""
-    return 2 * 8 * rows * cols // 128 + 8 * dim * max(rows, cols)
+def owned_bytes(rows: int, cols: int, dim: int) -> int:
+    """Partial statistics of both sides, 8 bytes for each line of a block, and a rows' gradient.
+
+    The other half of a workspace is room for partial gradients (see owner_parts).
+    """
+    return 2 * 8 * rows * cols // 128 + 4 * dim * rows
 
 
 def plan_chunks(

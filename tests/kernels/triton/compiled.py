@@ -76,11 +76,16 @@ _OF_COLS = {"TRANSPOSED": True, "SUM_GS": False}
 _SOFTMAX = {"SIGMOID": False, "OTHER": True, "PAIRS": False}
 _OF_LOSS = {"PAIRS": True, "LOSS": True, "SUM_G": True, "OTHER_BIAS": 0, "OWN_BIAS": 1}
 _OWNER_SIGMOID = {"SIGMOID": True, "OWN": False, "OTHER": False, "PAIRS": False}
+_ALL_OF_OWNER = {
+    "SCALES": 2, "OWN_BIAS": 2, "OTHER_BIAS": 2, "IDS": True, "SUM_G": True, "UNIT": True,
+    "SPLIT": True,
+}  # fmt: skip
 OWNER_ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
     "owner-rows": (owned_gradient, _OWNER | _OF_ROWS | _SOFTMAX),
     "owner-columns": (owned_gradient, _OWNER | _OF_COLS | _SOFTMAX),
     "owner-sigmoid-rows": (owned_gradient, _OWNER | _OF_ROWS | _OWNER_SIGMOID | _OF_LOSS),
     "owner-sigmoid-columns": (owned_gradient, _OWNER | _OF_COLS | _OWNER_SIGMOID),
+    "owner-every": (owned_gradient, _OWNER | _OF_ROWS | _SOFTMAX | _ALL_OF_OWNER),
     "normalize": (rows_normalized, {}),
     "normalize-gradient": (rows_normalized_gradient, {}),
 }
@@ -203,9 +208,10 @@ def grid() -> list[tuple[str, int | str, str, int]]:
     cases = [(route, arch, "bf16", 768) for arch in (*NVIDIA, AMD) for route in MAIN]
     others = [route for route in ROUTES if route not in MAIN and route not in OWNER_ROUTES]
     cases += [(route, 90, "bf16", 768) for route in others]
-    cases += [(route, arch, "bf16", OWNED_DIM) for arch in (*NVIDIA, AMD) for route in OWNER_ROUTES]
+    largest = OWNED_DIM[2]
+    cases += [(route, arch, "bf16", largest) for arch in NVIDIA for route in OWNER_ROUTES]
     cases += [(route, 90, "bf16", 64) for route in OWNER_ROUTES]
-    cases += [(route, 90, "fp32", OWNED_DIM // 2) for route in OWNER_ROUTES]
+    cases += [(route, 90, "fp16", largest) for route in OWNER_ROUTES]
     cases += [(route, 90, dtype, 768) for dtype in ("fp16", "fp32") for route in MAIN]
     cases += [(route, 90, "bf16", dim) for dim in (64, 100, 4096) for route in MAIN]
     return cases

@@ -40,13 +40,13 @@ def test_main_routes_fit_every_architecture(arch: int | str, route: str) -> None
 
 
 @pytest.mark.parametrize("route", OWNER_ROUTES)
-@pytest.mark.parametrize("arch", [*NVIDIA, AMD])
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_routes_of_small_embeddings_fit_every_architecture(arch: int | str, route: str) -> None:
-    _check(compiled(route, arch, "bf16", OWNED_DIM), arch)
+    _check(compiled(route, arch, "bf16", OWNED_DIM[2]), arch)
 
 
 @pytest.mark.parametrize("route", [route for route in OWNER_ROUTES if "owner" in route])
-@pytest.mark.parametrize("dim", [64, OWNED_DIM])
+@pytest.mark.parametrize("dim", [64, OWNED_DIM[2]])
 def test_owners_multiply_and_copy_as_they_should(dim: int, route: str) -> None:
     made = compiled(route, 90, "bf16", dim)
     assert made.matrix == "HGMMA", made

@@ -67,7 +67,7 @@ def test_blocks_are_what_the_matrix_units_take(dim: int, itemsize: int, arch: in
     assert block.down(129) * block.m >= 129
 
 
-@given(lengths, lengths, st.integers(1, plan.OWNED_DIM), budgets)
+@given(lengths, lengths, st.integers(1, plan.OWNED_DIM[2]), budgets)
 def test_owned_chunks_cover_the_matrix_within_the_budget(
     n: int, m: int, dim: int, budget: int
 ) -> None:
@@ -75,14 +75,28 @@ def test_owned_chunks_cover_the_matrix_within_the_budget(
     assert cut.owned
     assert sum(c.size for c in cut.row_chunks()) == n
     rows, cols = min(cut.rows, n), min(cut.cols, m)
-    partials = 2 * 8 * rows * cols // 128
-    assert partials + 8 * dim * max(rows, cols) <= budget or cut.rows == 128
+    if cut.rows > 128:
+        partial_statistics = 8 * (rows * -(-cols // 128) + cols * -(-rows // 128))
+        blocks = plan.owner_blocks(dim)
+        added_up = 0
+        for own, other in ((rows, cols), (cols, rows)):
+            parts = plan.owner_parts(own, other, blocks, plan.PROCESSORS, budget // 2)
+            added_up = max(added_up, (parts + 1) * own * dim * 4 if parts > 1 else 0)
+        of_rows = 4 * dim * rows
+        # Lines past the last whole block have partial statistics of their own.
+        assert of_rows + partial_statistics + added_up <= budget + 16 * (rows + cols)
 
 
-@given(lengths, lengths, st.sampled_from([0, 80, 90, 100, 120]), st.integers(1, 304))
-def test_parts_share_all_blocks(n: int, m: int, arch: int, processors: int) -> None:
+@given(
+    lengths,
+    lengths,
+    st.sampled_from([80, 90, 100, 120]),
+    st.integers(1, 304),
+    st.integers(1 << 20, 1 << 30),
+)
+def test_parts_share_all_blocks(n: int, m: int, arch: int, processors: int, room: int) -> None:
     blocks = plan.owner_blocks(64, arch)
-    parts = plan.owner_parts(n, m, blocks, processors)
+    parts = plan.owner_parts(n, m, blocks, processors, room)
     of_part = -(-blocks.across(m) // parts)
     assert parts >= 1
     assert of_part * parts >= blocks.across(m)
