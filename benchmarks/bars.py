@@ -102,6 +102,9 @@ def _time_ratio(ours: Row | None, other: Row | None) -> float | None:
         return None
     if (ours.n, ours.m, ours.d) != (other.n, other.m, other.d):
         return None
+    in_rounds = {GEMMS: ours.of_gemms, EAGER_FORM: ours.of_eager}.get(other.contender)
+    if in_rounds is not None and ours.dtype == other.dtype:
+        return in_rounds
     return ours.seconds.median / other.seconds.median
 
 

@@ -26,8 +26,8 @@ from benchmarks.gemms import Replay, record, square_rate
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.memory import MemoryFailure, extra_bytes
 from benchmarks.ours import backend_name
-from benchmarks.schema import OK, Errors, Row, Spread
-from benchmarks.timing import Contender, alternate, clock_for, warm_up
+from benchmarks.schema import OK, Errors, Row
+from benchmarks.timing import Contender, alternate, clock_for, paired_ratio, spread, warm_up
 
 SETS = 3  # of inputs, rotated
 
@@ -148,19 +148,19 @@ def _row(
     options: Options,
     phase: Phase,
     contender: Contender,
-    seconds: dict[str, Spread],
+    seconds: dict[str, list[float]],
     replay: Replay | None,
 ) -> Row:
     name = contender.name
     own = name in (FASTCL, GEMMS)  # these multiply as fastcl's products do
     product = (replay.operand_dtype if replay else None) if own else case.dtype
     flops = replay.flops if name == GEMMS and replay else case.floor_flops(phase)
-    time = seconds.get(name)
+    time = spread(seconds[name]) if name in seconds else None
     tflops = flops / time.median / 1e12 if time else None
 
     def ratio(other: str) -> float | None:
-        base = seconds.get(other)
-        return time.median / base.median if time and base else None
+        known = name in seconds and other in seconds
+        return paired_ratio(seconds[name], seconds[other]) if known else None
 
     return Row(
         case=case.name,

@@ -98,8 +98,9 @@ class Row:
     flops: int  # gemms: what was multiplied; others: the loss's floor
     seconds: Spread | None = None
     tflops: float | None = None
-    of_gemms: float | None = None  # time over that of the case's own bare GEMMs
-    of_eager: float | None = None  # time over eager's
+    # Time over that of the case's own bare GEMMs, and over eager's: medians of rounds' ratios.
+    of_gemms: float | None = None
+    of_eager: float | None = None
     of_machine: float | None = None  # TFLOP/s over gemm_tflops of the dtype that is multiplied
     extra_bytes: int | None = None  # peak memory beside inputs and returned gradients
     errors: Errors | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -104,10 +105,11 @@ def warm_up(contenders: Sequence[Contender], sets: int, describe: Callable[[Any]
 
 def alternate(
     contenders: Sequence[Contender], sets: int, rounds: int, clock: Clock
-) -> dict[str, Spread]:
-    """Times the contenders in turn: one call of each per round, starting with another each time.
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, of one call, in an order drawn anew.
 
-    All contenders of a round work on the same input set; the next round takes the next set.
+    All contenders of a round work on the same input set; the next round takes the next set. Drawn,
+    because what comes after a contender pays for what that left behind: memory handed back, caches.
     """
     running = [c for c in contenders if c.failure is None]
     seconds: dict[str, list[float]] = {c.name: [] for c in running}
@@ -116,12 +118,17 @@ def alternate(
         for turn in range(rounds):
             gc.collect()
             gc.disable()
-            index, first = turn % sets, turn % max(1, len(running))
-            for contender in running[first:] + running[:first]:
+            index = turn % sets
+            for contender in random.Random(turn).sample(running, len(running)):
                 contender.before(index)
                 clock.cool()
                 seconds[contender.name].append(clock(partial(contender.step, index)))
     finally:
         if enabled:
             gc.enable()
-    return {name: spread(values) for name, values in seconds.items()}
+    return seconds
+
+
+def paired_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of the ratio within a round: a slow minute slows both."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))

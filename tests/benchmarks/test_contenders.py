@@ -12,7 +12,7 @@ from benchmarks.errors import Judge
 from benchmarks.inputs import make_inputs
 from benchmarks.memory import MemoryFailure, extra_bytes
 from benchmarks.ours import fastcl_loss, truth
-from benchmarks.timing import Contender, CpuClock, alternate, warm_up
+from benchmarks.timing import Contender, CpuClock, alternate, paired_ratio, warm_up
 
 CPU = torch.device("cpu")
 FORMS = [(loss, form) for table in (EAGER, EAGER_VARIANTS) for loss, form in table.items()]
@@ -68,10 +68,16 @@ def test_contenders_alternate_on_the_same_set_and_failures_stay_out() -> None:
     warm_up(contenders, 2, str)
     assert contenders[1].failure == "no such thing"
     calls.clear()
-    spreads = alternate(contenders, sets=2, rounds=3, clock=CpuClock())
-    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 0), ("b", 0)]
-    assert set(spreads) == {"a", "b"}
-    assert spreads["a"].samples == 3
+    seconds = alternate(contenders, sets=2, rounds=8, clock=CpuClock())
+    rounds = [calls[i : i + 2] for i in range(0, 16, 2)]
+    assert [{index for _, index in turn} for turn in rounds] == [{0}, {1}] * 4
+    assert all({name for name, _ in turn} == {"a", "b"} for turn in rounds)
+    assert len({turn[0][0] for turn in rounds}) == 2, "now one is first, now the other"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 8, "b": 8}
+
+
+def test_ratios_are_of_rounds() -> None:
+    assert paired_ratio([1.0, 20.0, 3.0], [2.0, 10.0, 6.0]) == 0.5
 
 
 def test_a_variant_is_absent_where_there_is_none() -> None:

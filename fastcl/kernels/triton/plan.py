@@ -17,7 +17,7 @@ CHUNK = (5632, 16384)
 the float32 accumulators, which are what a chunk reads and writes beside G."""
 KEPT_CHUNK = (4096, 16384)
 FEWEST_KEPT_ROWS = 2048  # fewer would read and write the accumulator of v for too little work
-SYMMETRIC_CHUNK = 8192
+SYMMETRIC_CHUNKS = (2048, 8192)  # the smallest and the largest side
 SPLIT_UP_TO = 1 << 22  # pairs
 PROCESSORS = 132
 """Multiprocessors of an H200 (an H100 SXM has as many)."""
@@ -201,8 +201,16 @@ def plan_chunks(
 
 
 def plan_symmetric_chunks(n: int, itemsize: int, workspace: int) -> TilePlan:
-    """Square chunks for a symmetric matrix, of which only the upper half is made."""
-    return plan_symmetric(n, itemsize * _parts(n, n, itemsize), workspace, tile=SYMMETRIC_CHUNK)
+    """Square chunks for a symmetric matrix, of which only the upper half is made.
+
+    Of chunks on the diagonal both halves are: four or more a side where they are large enough.
+
+    >>> [plan_symmetric_chunks(n, 2, 256 << 20).rows for n in (4096, 16384, 65536)]
+    [2048, 4096, 8192]
+    """
+    quarter = -(-n // (4 * 128)) * 128
+    side = min(SYMMETRIC_CHUNKS[1], max(SYMMETRIC_CHUNKS[0], quarter))
+    return plan_symmetric(n, itemsize * _parts(n, n, itemsize), workspace, tile=side)
 
 
 def parts_of_gradient(plan: TilePlan, itemsize: int) -> int:

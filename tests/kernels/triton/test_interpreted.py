@@ -56,6 +56,13 @@ def test_ragged_sizes(case: Case, n: int, d: int) -> None:
     check_rule(case, torch.float32, draws, ONE_CHUNK)
 
 
+@pytest.mark.parametrize("d", [512, 768, 1152, 4096])
+@pytest.mark.parametrize("case", [LOSSES[0], LOSSES[2], LOSSES[5]], ids=str)
+def test_long_rows(case: Case, d: int) -> None:
+    draws = [case.tensors(seed, 17, d, scale=5.0) for seed in range(4)]
+    check_rule(case, torch.float32, draws, ONE_CHUNK)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_nasty_embeddings(case: Case, kind: str) -> None:

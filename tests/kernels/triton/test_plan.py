@@ -47,6 +47,7 @@ def test_chunks_cover_the_matrix_within_the_budget(
 def test_symmetric_chunks_are_square(n: int, itemsize: int, budget: int) -> None:
     cut = plan_symmetric_chunks(n, itemsize, budget)
     assert cut.rows == cut.cols
+    assert cut.rows <= plan.SYMMETRIC_CHUNKS[1]
     assert min(cut.rows, n) ** 2 * itemsize * parts_of_gradient(cut, itemsize) <= budget
 
 
