@@ -137,7 +137,7 @@ def explain(
         launches += len(pairs) * (1 if loss == "info_nce" else 2) - len(diagonal)
     if fused and not plan.owned:  # similarities that the library makes are launches, too
         padded = d + -d % ALIGNMENT
-        blocks = blocks_for(dtype.itemsize, padded)
+        blocks = blocks_for(dtype.itemsize, padded, split=parts == 2)
         few = [by_library(r.size, c.size, padded, blocks, PROCESSORS) for r, c in pairs]
         launches += made * sum(few)
     wide = accumulation_dtype(dtype)

@@ -153,7 +153,7 @@ class FusedTileMaker(TileMaker):
         if self.plan.owned:
             return False
         known = 90 if interpreted() else architecture(x.device)
-        blocks = blocks_for(x.element_size(), x.shape[1], known)
+        blocks = blocks_for(x.element_size(), x.shape[1], known, split=self.parts == 2)
         return by_library(rows, cols, x.shape[1], blocks, processors(x.device))
 
 

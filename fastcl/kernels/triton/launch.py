@@ -57,7 +57,8 @@ class FusedTile(Tile):
             return small_blocks(dim)
         if self.made:
             return KEPT
-        return blocks_for(self.u.element_size(), dim, architecture(self.u.device))
+        split = len(self.room) == 2
+        return blocks_for(self.u.element_size(), dim, architecture(self.u.device), split=split)
 
 
 class TritonTiles(TorchTiles):

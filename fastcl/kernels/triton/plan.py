@@ -48,12 +48,13 @@ class Blocks(NamedTuple):
         return -(-cols // self.n)
 
 
-def blocks_for(itemsize: int, dim: int, arch: int = 90) -> Blocks:
+def blocks_for(itemsize: int, dim: int, arch: int = 90, *, split: bool = False) -> Blocks:
     """The block for embeddings of `itemsize` bytes and dimension `dim`, on sm_`arch`.
 
     128 x 128 float32 accumulators take 64 registers of each thread; 128 x 256 would leave none for
-    the exponentials, and from sm_100 on, or with float32 operands, so would 128 x 128. There are at
-    least two steps of the products, so that the copies of one are in flight while the other is
+    the exponentials, and from sm_100 on, with float32 operands, or where G is `split` in two, so
+    would 128 x 128. (G is split of few pairs, which want more blocks anyway.) There are at least
+    two steps of the products, so that the copies of one are in flight while the other is
     multiplied.
 
     >>> blocks_for(2, 768)
@@ -65,10 +66,11 @@ def blocks_for(itemsize: int, dim: int, arch: int = 90) -> Blocks:
     while k > 16 and k >= dim:
         k //= 2
     steps = -(-dim // k)
-    return Blocks(128, 64 if arch >= 100 or itemsize > 2 else 128, k, 8, max(1, min(3, steps)))
+    narrow = arch >= 100 or itemsize > 2 or split
+    return Blocks(128, 64 if narrow else 128, k, 8, max(1, min(3, steps)))
 
 
-KEPT = Blocks(32, 128, 16, 4, 1)
+KEPT = Blocks(32, 64, 16, 4, 1)
 """The block where similarities are read, not made: nothing is multiplied, so it may be small."""
 
 

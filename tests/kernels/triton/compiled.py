@@ -65,8 +65,10 @@ ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
     "statistics-every": (statistics, _EVERY | _BOTH | _STATISTICS),
     "gradient": (gradient, _PLAIN | _BOTH | _GRADIENT | _LARGE),
     "gradient-kept": (gradient, _PLAIN | _ROWS | _GRADIENT | _LARGE | {"KEPT": True}),
+    "gradient-split": (gradient, _PLAIN | _BOTH | _GRADIENT | _LARGE | {"SPLIT": True}),
     "gradient-every": (gradient, _EVERY | _BOTH | _GRADIENT | _SMALL),
     "sigmoid": (sigmoid, _PLAIN | _SIGMOID | _LARGE | {"ROW_BIAS": 1, "ROW_G": True}),
+    "sigmoid-split": (sigmoid, _PLAIN | _SIGMOID | _LARGE | {"ROW_BIAS": 1, "SPLIT": True}),
     "sigmoid-made": (sigmoid, _PLAIN | _SIGMOID | _LARGE | {"ROW_BIAS": 1, "KEPT": True}),
     "sigmoid-every": (sigmoid, _EVERY | _SIGMOID | _SMALL),
 }
@@ -144,7 +146,8 @@ def _blocks(
         shape = {"BLOCK_M": owner.m, "BLOCK_N": owner.n, "BLOCK_D": owner.d}
         options = {"num_warps": owner.warps, "num_stages": owner.stages}
         return shape, options, owner.m * owner.n
-    blocks = KEPT if flags.get("KEPT") else blocks_for(DTYPES[dtype], dim, known)
+    split = flags.get("SPLIT", False)
+    blocks = KEPT if flags.get("KEPT") else blocks_for(DTYPES[dtype], dim, known, split=split)
     shape = {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "GROUP": blocks.group}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return shape, options, blocks.m * blocks.n
