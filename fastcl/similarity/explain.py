@@ -10,7 +10,7 @@ import torch
 from fastcl.kernels import dispatch
 from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.dtypes import accumulation_dtype
-from fastcl.kernels.plan import TilePlan
+from fastcl.kernels.plan import Chunk, TilePlan
 from fastcl.kernels.triton.plan import ALIGNMENT, PROCESSORS, blocks_for, by_library, owned_bytes
 from fastcl.similarity.inputs import check_choice, check_dtype, check_workspace
 
@@ -29,6 +29,8 @@ class Explanation:
         products: matrix products over the whole matrix, in units of 2 N M D FLOP.
         flops: FLOP of all products.
         launches: kernel launches and library products (on a CPU: calls).
+        traffic: bytes that tiles, their operands and the accumulators move to and from memory, if
+            each pass over a tile finds none of them in a cache, and its own blocks do.
         workspace: bytes of tile storage; where no tile is stored, of partial sums.
         accumulators: bytes of gradients in float32 (float64) beside those that are returned.
     """
@@ -45,6 +47,7 @@ class Explanation:
     products: float
     flops: float
     launches: int
+    traffic: int
     workspace: int
     accumulators: int
 
@@ -57,6 +60,7 @@ class Explanation:
             ("passes", "; ".join(self.passes)),
             ("products", f"{self.products:.3g} x 2NMD = {self.flops / 1e12:.3g} TFLOP"),
             ("launches", str(self.launches)),
+            ("traffic", f"{self.traffic / 1e9:.3g} GB"),
             ("workspace", f"{self.workspace / 2**20:.0f} MiB"),
             ("accumulators", f"{self.accumulators / 2**20:.0f} MiB of float32"),
         ]
@@ -163,6 +167,9 @@ def explain(
         round(products, 3),
         products * 2.0 * n * m * d,
         launches,
+        _traffic(
+            plan, pairs, symmetric, d, dtype, passes=(made, kernels), parts=parts, fused=fused
+        ),
         stored + (tile * dtype.itemsize if fused else 0),
         accumulators * wide.itemsize,
     )
@@ -180,3 +187,35 @@ def _passes(loss: LossName, plan: TilePlan) -> tuple[tuple[str, ...], int, int]:
     made = "kept similarities" if plan.keep else "similarities made again"
     passes = (*statistics, f"gradient from {made}", "two gradient products")
     return passes, 1 if plan.keep else 2, 2
+
+
+def _traffic(
+    plan: TilePlan,
+    pairs: list[tuple[Chunk, Chunk]],
+    symmetric: bool,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    passes: tuple[int, int],
+    parts: int,
+    fused: bool,
+) -> int:
+    """Bytes of tiles, operands and accumulators; `passes`: (products of S, kernels over a tile)."""
+    wide, item = accumulation_dtype(dtype).itemsize, dtype.itemsize
+    made, kernels = passes
+    products = 1 if plan.owned else parts  # that add to an accumulator, for each side of a tile
+    tiles = operands = added = 0
+    for r, c in pairs:
+        size, lines = r.size * c.size, r.size + c.size
+        sides = 1 if symmetric and r.start == c.start else 2
+        if plan.owned:
+            operands += (made + sides) * lines
+        else:
+            operands += made * lines + parts * (lines if sides == 2 else c.size)
+        if fused and not plan.owned:  # G written, and read for each side; kept similarities
+            tiles += parts * item * (1 + sides) * size + (2 * wide * size if plan.keep else 0)
+        elif not fused:  # S written and read, G written and read
+            tiles += wide * (made + kernels + 1 + sides) * size
+        added += products * (lines if sides == 2 else r.size)
+    first = plan.n if symmetric else plan.n + plan.m  # written, not read
+    return tiles + item * dim * operands + wide * dim * (2 * added - first)

@@ -70,6 +70,22 @@ def test_a_plan_for_a_gpu_needs_none() -> None:
     assert "3 x 2NMD = 19.8 TFLOP" in text
 
 
+def test_traffic_of_one_tile_and_of_many() -> None:
+    """By hand: float32 on a CPU, S written and read twice over, G written once and read twice."""
+    n, d = 100, 8
+    one = fastcl.explain("clip_loss", n, d, backend="torch")
+    assert one.tiles == 1
+    tiles = (2 + 2 + 1 + 2) * n * n
+    operands, accumulators = (2 + 1) * 2 * n * d, 2 * n * d  # written once, never read
+    assert one.traffic == 4 * (tiles + operands + accumulators)
+    large = fastcl.explain("clip_loss", 65536, 768, dtype=torch.bfloat16, backend="triton")
+    n, d, g = 65536, 768, 3 * 2 * 65536**2
+    lines = (4 + 12) * n  # 12 x 4 chunks: each row is met 4 times, each column 12 times
+    assert large.traffic == g + 2 * d * 3 * lines + 4 * d * (2 * lines - 2 * n)
+    owned = fastcl.explain("clip_loss", 65536, 128, dtype=torch.bfloat16, backend="triton")
+    assert owned.traffic < g / 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
