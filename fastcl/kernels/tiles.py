@@ -39,7 +39,8 @@ class Lines:
 def _part(x: Tensor | None, lines: slice) -> Tensor | None:
     if x is None:
         return None
-    return x.reshape(1) if x.numel() == 1 and lines.start < lines.stop else x[lines]
+    one_for_all = x.dim() == 0 or (x.numel() == 1 and lines.start < lines.stop)
+    return x.reshape(1) if one_for_all else x[lines]
 
 
 @dataclass(frozen=True)

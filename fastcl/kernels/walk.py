@@ -326,9 +326,11 @@ class Accumulator:
         self, target: Tensor, grad_pairs: Tensor, partners: Tensor, start: int, stop: int
     ) -> None:
         """target_(i - start) += scale_i grad_pairs_i partners_i for i in [start, stop)."""
+        if stop <= start:
+            return  # rows past the last that has a partner
         scale = RowTerms(self.stream.scale)[start:stop].scale
         factor = (grad_pairs[start:stop] * scale).to(self.dtype)
-        for part in row_slices(max(0, stop - start), target.shape[1]):
+        for part in row_slices(stop - start, target.shape[1]):
             here = slice(part.start + start, part.stop + start)
             target[part].addcmul_(factor[part, None], partners[here].to(self.dtype))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastcl
 from fastcl.similarity.statistics import pair_statistics
 from tests.cases import ALL, Case
-from tests.rule import cast, cotangent, evaluate
+from tests.rule import cast, check_rule, cotangent, evaluate
 
 
 def _call(case: Case, tensors: dict[str, Tensor], **how: Any) -> tuple[Tensor, ...]:
@@ -71,6 +71,19 @@ def test_gradients_of_the_positives_alone(dtype: torch.dtype, kept: str, backend
         assert v.grad is not None
         assert torch.equal(v.grad[:2], torch.zeros(2, 4, dtype=dtype))
     torch.testing.assert_close(u.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positives", [0, 49])
+def test_more_rows_than_partners(positives: int, dtype: torch.dtype, backend: str) -> None:
+    """Whole chunks of rows lie past the last one that has a positive."""
+    case = Case("", "similarity_sigmoid", dict, {"reduction": "rows", "positives": positives})
+    draws = [
+        {"u": torch.randn(300, 8), "v": torch.randn(50, 8), "scale": torch.tensor(0.5)}
+        | {"bias": torch.tensor(-1.0)}
+        for _ in range(4)
+    ]
+    check_rule(case, dtype, draws, {"backend": backend, "workspace": 1 << 16})
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
