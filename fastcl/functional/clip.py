@@ -65,10 +65,12 @@ def clip_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("logit_scale", logit_scale, image)
     ids = check_ids("ids", ids, image.shape[0], image)
+    if is_reference(backend, image, workspace):
+        return reference.clip_loss(
+            image, text, scale, ids=ids, reduction=reduction, normalize=normalize
+        )
     if normalize:
         image, text = normalized(image, backend), normalized(text, backend)
-    if is_reference(backend, image, workspace):
-        return reference.clip_loss(image, text, scale, ids=ids, reduction=reduction)
     rows, cols, positive = pair_statistics(
         image,
         text,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastcl.kernels import dispatch
@@ -47,9 +46,7 @@ def normalized(x: Tensor, backend: str) -> Tensor:
 
     Beside the result only the norms are kept for the gradient, no float32 copy.
     """
-    name = dispatch.resolve(backend, x.device)
-    if name == dispatch.REFERENCE:
-        return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
     check_transforms(x)
+    name = dispatch.resolve(backend, x.device)
     y: Tensor = ops.normalize(x.reshape(-1, x.shape[-1]), name)[0]
     return y.reshape(x.shape)

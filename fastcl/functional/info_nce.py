@@ -88,10 +88,6 @@ def info_nce(
             query, positive_key, negative_keys, negative_mode
         )
     scale = check_temperature(temperature, query)
-    if normalize:
-        query, positive_key = normalized(query, backend), normalized(positive_key, backend)
-        if negative_keys is not None:
-            negative_keys = normalized(negative_keys, backend)
     if is_reference(backend, query, workspace):
         return reference.info_nce(
             query,
@@ -103,7 +99,12 @@ def info_nce(
             symmetric=symmetric,
             ids=ids,
             reduction=reduction,
+            normalize=normalize,
         )
+    if normalize:
+        query, positive_key = normalized(query, backend), normalized(positive_key, backend)
+        if negative_keys is not None:
+            negative_keys = normalized(negative_keys, backend)
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if symmetric:
         return clip_loss(query, positive_key, scale, ids=ids, reduction=reduction, **how)

@@ -68,10 +68,12 @@ def nt_xent(
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_temperature(temperature, z0)
     ids = check_ids("ids", ids, z0.shape[0], z0)
+    if is_reference(backend, z0, workspace):
+        return reference.nt_xent(
+            z0, z1, temperature=1 / scale, ids=ids, reduction=reduction, normalize=normalize
+        )
     if normalize:
         z0, z1 = normalized(z0, backend), normalized(z1, backend)
-    if is_reference(backend, z0, workspace):
-        return reference.nt_xent(z0, z1, temperature=1 / scale, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
     if torch.is_grad_enabled() and z0.requires_grad != z1.requires_grad:
         return reduce(_by_views(z0, z1, ids, how), reduction, z0)

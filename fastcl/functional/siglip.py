@@ -72,10 +72,12 @@ def siglip_loss(
     scale = check_number("logit_scale", logit_scale, image)
     bias = check_number("logit_bias", logit_bias, image)
     ids = check_ids("ids", ids, image.shape[0], image)
+    if is_reference(backend, image, workspace):
+        return reference.siglip_loss(
+            image, text, scale, bias, ids=ids, reduction=reduction, normalize=normalize
+        )
     if normalize:
         image, text = normalized(image, backend), normalized(text, backend)
-    if is_reference(backend, image, workspace):
-        return reference.siglip_loss(image, text, scale, bias, ids=ids, reduction=reduction)
     how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
     how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}
     how["divisor"] = image.shape[0] if reduction == "mean" else 1

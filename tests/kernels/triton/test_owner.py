@@ -149,10 +149,15 @@ def test_the_same_bits_every_run(case: Case) -> None:
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.parametrize("owned", [True, False])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("case", [LOSSES[0], LOSSES[2], LOSSES[5]], ids=str)
-def test_an_infinite_last_row_is_one_row(case: Case, side: int) -> None:
-    """Blocks reach past the end: what they read there is nobody's number."""
+def test_an_infinite_last_row_is_one_row(
+    case: Case, side: int, owned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks reach past the end, by owners and by chunks: what they read there is nobody's."""
+    if not owned:
+        monkeypatch.setattr(plan, "OWNED_DIM", {})
     tensors = cast(case.tensors(n=40, d=6), torch.float32)
     name = [k for k, x in tensors.items() if x.dim() == 2][side]
     tensors[name][-1, 2] = -torch.inf
