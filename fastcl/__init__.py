@@ -1,6 +1,6 @@
 """Contrastive losses for PyTorch whose memory grows with N, not N x N."""
 
-from fastcl import compat, functional, losses, reference
+from fastcl import compat, distributed, functional, losses, reference
 from fastcl._version import __version__
 from fastcl.functional import clip_loss, info_nce, nt_xent, siglip_loss
 from fastcl.kernels import available_backends, use_backend
@@ -16,6 +16,7 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "compat",
+    "distributed",
     "explain",
     "functional",
     "info_nce",

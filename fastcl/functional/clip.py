@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastcl import reference
-from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.distributed.meeting import across_ranks
+from fastcl.distributed.ranks import Mode
+from fastcl.distributed.team import Group
+from fastcl.functional.common import REDUCTIONS, Reduction, agree, contrast, normalized, reduce
 from fastcl.similarity.inputs import (
     check_choice,
     check_embeddings,
@@ -16,6 +20,7 @@ from fastcl.similarity.inputs import (
 from fastcl.similarity.statistics import is_reference, pair_statistics
 
 
+@across_ranks
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -24,6 +29,9 @@ def clip_loss(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Group | None = None,
+    mode: Mode = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -43,6 +51,13 @@ def clip_loss(
         ids: integers [N]; rows with equal ids are never each other's negatives.
         reduction: "mean", "sum", or "none" -> [N], the mean of an index's two directions.
         normalize: divide the rows by their L2 norm first.
+        group: process group or one-dimensional device mesh over whose ranks the batch is spread:
+            each passes its own rows. The mean over ranks of the loss and of every gradient is that
+            of one process with the whole batch. None: this process alone.
+        mode: with `group`, how the other tower travels: "gather" (all of it at once), "ring" (two
+            blocks held, transfers behind the computation), or "auto", by size.
+        reduce_dtype: with `group`, in which dtype its gradients travel; None: float32, as they are
+            summed.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
@@ -51,6 +66,8 @@ def clip_loss(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+        RanksDisagree, RankFailed, RankLost: on every rank of `group`, if one has other arguments,
+            raises, or does not come.
 
     Example:
         >>> import fastcl, torch
@@ -60,14 +77,37 @@ def clip_loss(
 
     Source: Radford et al. 2021, figure 3.
     """
-    image, text = check_embeddings(image_features=image_features, text_features=text_features)
+    spread = group is not None
+    image, text = check_embeddings(
+        spread, image_features=image_features, text_features=text_features
+    )
     check_paired(image_features=image, text_features=text)
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("logit_scale", logit_scale, image)
     ids = check_ids("ids", ids, image.shape[0], image)
-    if is_reference(backend, image, workspace):
+    by_reference = is_reference(backend, image, workspace)
+    ranks = agree(
+        group,
+        image,
+        mode=mode,
+        reduce_dtype=reduce_dtype,
+        image_features=image,
+        text_features=text,
+        logit_scale=logit_scale,
+        ids=ids is not None,
+        reduction=reduction,
+        normalize=normalize,
+        by_reference=by_reference,
+    )
+    if by_reference:
         return reference.clip_loss(
-            image, text, scale, ids=ids, reduction=reduction, normalize=normalize
+            image,
+            text,
+            scale,
+            ids=ids,
+            reduction=reduction,
+            normalize=normalize,
+            group=ranks and ranks.team.group,
         )
     if normalize:
         image, text = normalized(image, backend), normalized(text, backend)
@@ -81,5 +121,7 @@ def clip_loss(
         dim="both",
         backend=backend,
         workspace=workspace,
+        ranks=ranks,
     )
-    return reduce((contrast(positive, rows) + contrast(positive, cols)) / 2, reduction, image)
+    values = (contrast(positive, rows) + contrast(positive, cols)) / 2
+    return reduce(values, reduction, image, ranks)

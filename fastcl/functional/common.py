@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastcl.distributed.meeting import Meeting
+from fastcl.distributed.ranks import Ranks, check_options
+from fastcl.distributed.team import Group
 from fastcl.kernels import dispatch
 from fastcl.kernels.dtypes import accumulation_dtype
 from fastcl.similarity import ops
@@ -17,10 +20,38 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def reduce(values: Tensor, reduction: Reduction, like: Tensor) -> Tensor:
-    """Mean, sum, or one value per anchor, in the dtype that losses of `like` have."""
+def agree(
+    group: Group | None,
+    embeddings: Tensor,
+    *,
+    mode: str,
+    reduce_dtype: torch.dtype | None,
+    **facts: Any,
+) -> Ranks | None:
+    """What the ranks of a group have in common, once all are here; None for one process.
+
+    `facts`: what must be the same on all of them.
+    """
+    check_options(mode, reduce_dtype)
+    if group is None:
+        return None
+    meeting: Meeting = group  # put there by across_ranks
+    return meeting.agree(
+        len(embeddings), embeddings, mode=mode, reduce_dtype=reduce_dtype, **facts
+    )
+
+
+def reduce(
+    values: Tensor, reduction: Reduction, like: Tensor, ranks: Ranks | None = None
+) -> Tensor:
+    """Mean, sum, or one value per anchor, in the dtype that losses of `like` have.
+
+    With `ranks` this rank's share: the mean over ranks is that of the whole batch.
+    """
     check_choice("reduction", reduction, REDUCTIONS)
-    if reduction == "mean":
+    if ranks is not None and reduction != "none":
+        values = ranks.share(values.sum(), reduction)
+    elif reduction == "mean":
         values = values.mean()
     elif reduction == "sum":
         values = values.sum()
@@ -47,6 +78,8 @@ def normalized(x: Tensor, backend: str) -> Tensor:
     Beside the result only the norms are kept for the gradient, no float32 copy.
     """
     check_transforms(x)
+    if x.shape[0] == 0:
+        return x  # on one rank of several
     name = dispatch.resolve(backend, x.device)
     y: Tensor = ops.normalize(x.reshape(-1, x.shape[-1]), name)[0]
     return y.reshape(x.shape)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastcl import reference
+from fastcl.distributed.meeting import across_ranks
+from fastcl.distributed.ranks import Mode
+from fastcl.distributed.team import Group
 from fastcl.functional.clip import clip_loss
-from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.functional.common import REDUCTIONS, Reduction, agree, contrast, normalized, reduce
 from fastcl.similarity import similarity_weighted_logsumexp
+from fastcl.similarity.across import weighted_logsumexp_across
 from fastcl.similarity.inputs import (
     check_choice,
     check_device,
@@ -23,6 +28,7 @@ from fastcl.similarity.inputs import (
 from fastcl.similarity.statistics import LogSumExp, is_reference, pair_logits, pair_statistics
 
 
+@across_ranks
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -35,6 +41,9 @@ def info_nce(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Group | None = None,
+    mode: Mode = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -49,7 +58,9 @@ def info_nce(
             bfloat16, float16 or float64. Used as they are: pass unit vectors.
         negative_keys: None: the other rows' positive keys are the negatives (SimCSE, SimCLR's
             one-sided form). [M, D]: negatives of every query (MoCo's queue). [N, M, D] with
-            ``negative_mode="paired"``: each query's own (mined hard negatives).
+            ``negative_mode="paired"``: each query's own (mined hard negatives). With `group`,
+            [M, D] must be the same on all ranks: gather what each has of its own with
+            :func:`fastcl.distributed.gather_rows`.
         temperature: tau > 0; a float or a tensor with one element, which then gets its gradient.
         negative_mode: "unpaired" or "paired", how `negative_keys` is shaped.
         in_batch: with `negative_keys`, True adds the other rows' positive keys to the negatives;
@@ -58,6 +69,13 @@ def info_nce(
         ids: integers [N]; rows with equal ids are never each other's in-batch negatives.
         reduction: "mean", "sum", or "none" -> [N].
         normalize: divide all rows by their L2 norm first.
+        group: process group or one-dimensional device mesh over whose ranks the batch is spread:
+            each passes its own rows. The mean over ranks of the loss and of every gradient is that
+            of one process with the whole batch. None: this process alone.
+        mode: with `group`, how the other tower travels: "gather" (all of it at once), "ring" (two
+            blocks held, transfers behind the computation), or "auto", by size.
+        reduce_dtype: with `group`, in which dtype its gradients travel; None: float32, as they are
+            summed.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB. One direction keeps rows of
             tiles (512 x M numbers) where they fit and saves a product.
@@ -67,6 +85,8 @@ def info_nce(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+        RanksDisagree, RankFailed, RankLost: on every rank of `group`, if one has other arguments,
+            raises, or does not come.
 
     Example:
         >>> import fastcl, torch
@@ -76,7 +96,9 @@ def info_nce(
 
     Source: van den Oord et al. 2018, eq. 4; He et al. 2020 (MoCo), eq. 1.
     """
-    query, positive_key = check_embeddings(query=query, positive_key=positive_key)
+    query, positive_key = check_embeddings(
+        group is not None, query=query, positive_key=positive_key
+    )
     check_paired(query=query, positive_key=positive_key)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
@@ -88,7 +110,38 @@ def info_nce(
             query, positive_key, negative_keys, negative_mode
         )
     scale = check_temperature(temperature, query)
-    if is_reference(backend, query, workspace):
+    if symmetric:
+        return clip_loss(
+            query,
+            positive_key,
+            scale,
+            ids=ids,
+            reduction=reduction,
+            normalize=normalize,
+            group=group,
+            mode=mode,
+            reduce_dtype=reduce_dtype,
+            backend=backend,
+            workspace=workspace,
+        )
+    by_reference = is_reference(backend, query, workspace)
+    ranks = agree(
+        group,
+        query,
+        mode=mode,
+        reduce_dtype=reduce_dtype,
+        query=query,
+        positive_key=positive_key,
+        negative_keys=None if negative_keys is None else negative_keys.shape[-2],
+        negative_mode=negative_mode,
+        in_batch=in_batch,
+        temperature=temperature,
+        ids=ids is not None,
+        reduction=reduction,
+        normalize=normalize,
+        by_reference=by_reference,
+    )
+    if by_reference:
         return reference.info_nce(
             query,
             positive_key,
@@ -96,45 +149,58 @@ def info_nce(
             temperature=1 / scale,
             negative_mode=negative_mode,
             in_batch=in_batch,
-            symmetric=symmetric,
             ids=ids,
             reduction=reduction,
             normalize=normalize,
+            group=ranks and ranks.team.group,
         )
     if normalize:
         query, positive_key = normalized(query, backend), normalized(positive_key, backend)
         if negative_keys is not None:
             negative_keys = normalized(negative_keys, backend)
-    how: dict[str, Any] = {"backend": backend, "workspace": workspace}
-    if symmetric:
-        return clip_loss(query, positive_key, scale, ids=ids, reduction=reduction, **how)
-
-    divisor = query.shape[0] if reduction == "mean" else 1
-    if negative_keys is None and reduction != "none":  # weights known up front: one stream
-        how |= {"row_ids": ids, "col_ids": ids, "positives": 0, "divisor": divisor}
-        return similarity_weighted_logsumexp(query, positive_key, scale=scale, **how)
-    if not in_batch and negative_mode == "unpaired" and reduction != "none":
-        assert negative_keys is not None
-        positive = pair_logits(query, positive_key, scale)
-        # 0, and NaN where the positive is infinite, as eager gives: a bias of -inf drops the row.
-        zero = (positive - positive).detach()
-        how |= {"row_bias": zero - positive, "add_zero": True, "divisor": divisor}
-        return similarity_weighted_logsumexp(query, negative_keys, scale=scale, **how)
+    how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
+    only_own = negative_mode == "unpaired" and not in_batch  # one list of negatives for all queries
+    if not in_batch and len(query) == 0:  # on one rank of several, which the others do not need
+        return reduce(pair_logits(query, positive_key, scale), reduction, query, ranks)
+    if reduction != "none" and (negative_keys is None or only_own):
+        # Row weights are known up front: one stream, its gradient made in the forward.
+        divisor = len(query) if reduction == "mean" and ranks is None else 1
+        if only_own:
+            assert negative_keys is not None
+            loss = _against_list(query, positive_key, negative_keys, divisor=divisor, **how)
+            return loss if ranks is None else ranks.share(loss, reduction)
+        if ranks is None:
+            how |= {"row_ids": ids, "col_ids": ids, "positives": 0, "divisor": divisor}
+            return similarity_weighted_logsumexp(query, positive_key, **how)
+        if ranks.mode == "gather":
+            loss = weighted_logsumexp_across(query, positive_key, ranks, ids=ids, **how)
+            return ranks.share(loss, reduction)
 
     negatives = []
     if in_batch:
         own = pair_statistics(
-            query, positive_key, scale=scale, row_ids=ids, col_ids=ids, positives=0, **how
+            query, positive_key, row_ids=ids, col_ids=ids, positives=0, ranks=ranks, **how
         )
         positive = own.positives
         negatives.append(own.rows)
     else:
         positive = pair_logits(query, positive_key, scale)
-    if negative_keys is not None and negative_mode == "unpaired":
-        negatives.append(pair_statistics(query, negative_keys, scale=scale, **how).rows)
+    if negative_keys is not None and negative_mode == "unpaired" and len(query):
+        negatives.append(pair_statistics(query, negative_keys, **how).rows)
     elif negative_keys is not None:
         negatives.append(LogSumExp.of(pair_logits(query, negative_keys, scale)))
-    return reduce(contrast(positive, *negatives), reduction, query)
+    return reduce(contrast(positive, *negatives), reduction, query, ranks)
+
+
+def _against_list(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor, *, scale: Tensor, **how: Any
+) -> Tensor:
+    """Sum over queries of the loss against one list of negatives."""
+    positive = pair_logits(query, positive_key, scale)
+    # 0, and NaN where the positive is infinite, as eager gives: a bias of -inf drops the row.
+    zero = (positive - positive).detach()
+    how |= {"row_bias": zero - positive, "add_zero": True}
+    return similarity_weighted_logsumexp(query, negative_keys, scale=scale, **how)
 
 
 def _check_options(

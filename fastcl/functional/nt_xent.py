@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from fastcl import reference
-from fastcl.functional.common import REDUCTIONS, Reduction, contrast, normalized, reduce
+from fastcl.distributed.meeting import across_ranks
+from fastcl.distributed.ranks import Mode
+from fastcl.distributed.team import Group
+from fastcl.functional.common import REDUCTIONS, Reduction, agree, contrast, normalized, reduce
 from fastcl.similarity.inputs import (
     check_choice,
     check_embeddings,
@@ -19,6 +22,7 @@ from fastcl.similarity.inputs import (
 from fastcl.similarity.statistics import is_reference, pair_statistics
 
 
+@across_ranks
 def nt_xent(
     z0: Tensor,
     z1: Tensor,
@@ -27,6 +31,9 @@ def nt_xent(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Group | None = None,
+    mode: Mode = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -46,6 +53,13 @@ def nt_xent(
         ids: integers [N]; samples with equal ids are never each other's negatives.
         reduction: "mean", "sum", or "none" -> [2N], the anchors of z0 and then those of z1.
         normalize: divide the rows by their L2 norm first.
+        group: process group or one-dimensional device mesh over whose ranks the batch is spread:
+            each passes its own rows. The mean over ranks of the loss and of every gradient is that
+            of one process with the whole batch. None: this process alone.
+        mode: with `group`, how the other tower travels: "gather" (all of it at once), "ring" (two
+            blocks held, transfers behind the computation), or "auto", by size.
+        reduce_dtype: with `group`, in which dtype its gradients travel; None: float32, as they are
+            summed.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
@@ -54,6 +68,8 @@ def nt_xent(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+        RanksDisagree, RankFailed, RankLost: on every rank of `group`, if one has other arguments,
+            raises, or does not come.
 
     Example:
         >>> import fastcl, torch
@@ -63,27 +79,53 @@ def nt_xent(
 
     Source: Chen et al. 2020 (SimCLR), eq. 1.
     """
-    z0, z1 = check_embeddings(z0=z0, z1=z1)
+    z0, z1 = check_embeddings(group is not None, z0=z0, z1=z1)
     check_paired(z0=z0, z1=z1)
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_temperature(temperature, z0)
     ids = check_ids("ids", ids, z0.shape[0], z0)
-    if is_reference(backend, z0, workspace):
+    by_reference = is_reference(backend, z0, workspace)
+    ranks = agree(
+        group,
+        z0,
+        mode=mode,
+        reduce_dtype=reduce_dtype,
+        z0=z0,
+        z1=z1,
+        temperature=temperature,
+        ids=ids is not None,
+        reduction=reduction,
+        normalize=normalize,
+        by_reference=by_reference,
+    )
+    if by_reference:
         return reference.nt_xent(
-            z0, z1, temperature=1 / scale, ids=ids, reduction=reduction, normalize=normalize
+            z0,
+            z1,
+            temperature=1 / scale,
+            ids=ids,
+            reduction=reduction,
+            normalize=normalize,
+            group=ranks and ranks.team.group,
         )
     if normalize:
         z0, z1 = normalized(z0, backend), normalized(z1, backend)
     how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
-    if torch.is_grad_enabled() and z0.requires_grad != z1.requires_grad:
+    one_frozen = torch.is_grad_enabled() and z0.requires_grad != z1.requires_grad
+    if one_frozen and ranks is None:
         return reduce(_by_views(z0, z1, ids, how), reduction, z0)
     z = torch.cat([z0, z1])
     samples = torch.arange(len(z0), device=z.device) if ids is None else ids
     both = torch.cat([samples, samples])  # drops each view itself and, both ways, its partner
+    if ranks is not None:
+        ranks = ranks.times(2)
+        how |= {"ranks": ranks, "local_ids": ids is None}
     within, _, positive = pair_statistics(
         z, None, row_ids=both, col_ids=both, positives=len(z0), mirrored=True, **how
     )
-    return reduce(contrast(torch.cat([positive, positive]), within), reduction, z)
+    # (Across ranks positives come back one per row, as many as there are columns.)
+    positive = positive[: len(z0)]
+    return reduce(contrast(torch.cat([positive, positive]), within), reduction, z, ranks)
 
 
 def _by_views(z0: Tensor, z1: Tensor, ids: Tensor | None, how: dict[str, Any]) -> Tensor:

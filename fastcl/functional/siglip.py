@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastcl import reference
-from fastcl.functional.common import REDUCTIONS, Reduction, normalized
+from fastcl.distributed.meeting import across_ranks
+from fastcl.distributed.ranks import Mode
+from fastcl.distributed.team import Group
+from fastcl.functional.common import REDUCTIONS, Reduction, agree, normalized
 from fastcl.similarity import similarity_sigmoid
+from fastcl.similarity.across import sigmoid_across
 from fastcl.similarity.inputs import (
     check_choice,
     check_embeddings,
@@ -19,6 +24,7 @@ from fastcl.similarity.inputs import (
 from fastcl.similarity.statistics import is_reference
 
 
+@across_ranks
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -28,6 +34,9 @@ def siglip_loss(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Group | None = None,
+    mode: Mode = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
@@ -49,6 +58,13 @@ def siglip_loss(
         ids: integers [N]; pairs of different rows with equal ids are left out.
         reduction: "mean", "sum", or "none" -> [N], each image's sum over all texts.
         normalize: divide the rows by their L2 norm first.
+        group: process group or one-dimensional device mesh over whose ranks the batch is spread:
+            each passes its own rows. The mean over ranks of the loss and of every gradient is that
+            of one process with the whole batch. None: this process alone.
+        mode: with `group`, how the other tower travels: "gather" (all of it at once), "ring" (two
+            blocks held, transfers behind the computation), or "auto", by size.
+        reduce_dtype: with `group`, in which dtype its gradients travel; None: float32, as they are
+            summed.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         workspace: bytes that the tiles may take; None means 256 MiB, of which some 8 MiB are used.
 
@@ -57,6 +73,8 @@ def siglip_loss(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+        RanksDisagree, RankFailed, RankLost: on every rank of `group`, if one has other arguments,
+            raises, or does not come.
 
     Example:
         >>> import fastcl, torch
@@ -66,19 +84,49 @@ def siglip_loss(
 
     Source: Zhai et al. 2023, section 3.2, eq. 1.
     """
-    image, text = check_embeddings(image_features=image_features, text_features=text_features)
+    spread = group is not None
+    image, text = check_embeddings(
+        spread, image_features=image_features, text_features=text_features
+    )
     check_paired(image_features=image, text_features=text)
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("logit_scale", logit_scale, image)
     bias = check_number("logit_bias", logit_bias, image)
     ids = check_ids("ids", ids, image.shape[0], image)
-    if is_reference(backend, image, workspace):
+    by_reference = is_reference(backend, image, workspace)
+    ranks = agree(
+        group,
+        image,
+        mode=mode,
+        reduce_dtype=reduce_dtype,
+        image_features=image,
+        text_features=text,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        ids=ids is not None,
+        reduction=reduction,
+        normalize=normalize,
+        by_reference=by_reference,
+    )
+    if by_reference:
         return reference.siglip_loss(
-            image, text, scale, bias, ids=ids, reduction=reduction, normalize=normalize
+            image,
+            text,
+            scale,
+            bias,
+            ids=ids,
+            reduction=reduction,
+            normalize=normalize,
+            group=ranks and ranks.team.group,
         )
     if normalize:
         image, text = normalized(image, backend), normalized(text, backend)
-    how: dict[str, Any] = {"row_ids": ids, "col_ids": ids, "backend": backend}
+    if ranks is not None:
+        how: dict[str, Any] = {"ids": ids, "backend": backend, "workspace": workspace}
+        by_row = reduction == "none"
+        loss = sigmoid_across(image, text, ranks, scale=scale, bias=bias, by_row=by_row, **how)
+        return loss if by_row else ranks.share(loss, reduction)
+    how = {"row_ids": ids, "col_ids": ids, "backend": backend}
     how |= {"reduction": "rows" if reduction == "none" else "sum", "workspace": workspace}
     how["divisor"] = image.shape[0] if reduction == "mean" else 1
     return similarity_sigmoid(image, text, scale=scale, bias=bias, **how)

@@ -112,9 +112,17 @@ class Backend(Protocol):
         """Running logsumexps of rows and columns, and the pairs on the dropped diagonal."""
 
     def logsumexp_backward(
-        self, stream: Stream, statistics: LineStatistics, grads: LineGradients, needs: Needs
+        self,
+        stream: Stream,
+        statistics: LineStatistics,
+        grads: LineGradients,
+        needs: Needs,
+        store: torch.dtype | None = None,
     ) -> Gradients:
-        """Gradients, given those of the row and column logsumexps and of the pairs' logits."""
+        """Gradients, given those of the row and column logsumexps and of the pairs' logits.
+
+        `store`: the dtype of the embeddings' gradients, where it is not the embeddings' own.
+        """
 
     def weighted_logsumexp(
         self, stream: Stream, weights: Tensor, add_zero: bool, needs: Needs
@@ -125,7 +133,12 @@ class Backend(Protocol):
         """(row sums of softplus(l_ij), the pairs on the dropped diagonal)."""
 
     def sigmoid_rows_backward(
-        self, stream: Stream, pair_s: Tensor, grads: LineGradients, needs: Needs
+        self,
+        stream: Stream,
+        pair_s: Tensor,
+        grads: LineGradients,
+        needs: Needs,
+        store: torch.dtype | None = None,
     ) -> Gradients:
         """Gradients of <grads.rows, row sums> + <grads.pairs, pair logits>."""
 

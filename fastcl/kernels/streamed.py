@@ -77,11 +77,16 @@ class StreamedPrimitives:
         return LineStatistics(of_rows, of_cols, pairs)
 
     def logsumexp_backward(
-        self, stream: Stream, statistics: LineStatistics, grads: LineGradients, needs: Needs
+        self,
+        stream: Stream,
+        statistics: LineStatistics,
+        grads: LineGradients,
+        needs: Needs,
+        store: torch.dtype | None = None,
     ) -> Gradients:
         """Gradients, given those of the row and column logsumexps and of the pairs' logits."""
         maker = self._maker(stream)
-        out = Accumulator(maker, needs)
+        out = Accumulator(maker, needs, store=store)
         rows = _side(statistics.rows, grads.rows)
         cols = _side(statistics.cols, grads.cols)
         pair_s = None if statistics.pairs is None else statistics.pairs.s
@@ -200,11 +205,16 @@ class StreamedPrimitives:
         return loss.to(vector_dtype(loss)), pairs
 
     def sigmoid_rows_backward(
-        self, stream: Stream, pair_s: Tensor, grads: LineGradients, needs: Needs
+        self,
+        stream: Stream,
+        pair_s: Tensor,
+        grads: LineGradients,
+        needs: Needs,
+        store: torch.dtype | None = None,
     ) -> Gradients:
         """Gradients of <grads.rows, row sums> + <grads.pairs, pair logits>."""
         maker = self._maker(stream)
-        out = Accumulator(maker, needs)
+        out = Accumulator(maker, needs, store=store)
         if grads.rows is None:
             _pairs_only(maker, out, grads.pairs)
         else:

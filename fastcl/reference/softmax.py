@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcl.reference.distributed import WholeBatch
 from fastcl.reference.similarity import accumulation_dtype, diagonal_mask, logits_matrix
 
 Reduction = Literal["mean", "sum", "none"]
@@ -56,10 +57,18 @@ def clip_loss(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Any = None,
+    mode: str = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
     """Reference of :func:`fastcl.clip_loss`."""
+    if group is not None:
+        batch = WholeBatch(group, image_features)
+        image, text = batch.gather(image_features), batch.gather(text_features)
+        how: dict[str, Any] = {"ids": batch.ids(ids), "normalize": normalize}
+        return batch.share(clip_loss(image, text, logit_scale, reduction="none", **how), reduction)
     if normalize:
         image_features, text_features = normalized(image_features, text_features)
     logits = logits_matrix(image_features, text_features, logit_scale)
@@ -81,10 +90,30 @@ def info_nce(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Any = None,
+    mode: str = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
     """Reference of :func:`fastcl.info_nce`."""
+    if group is not None:
+        batch = WholeBatch(group, query)
+        if negative_keys is not None and negative_mode == "paired":
+            negative_keys = batch.gather(negative_keys)
+        values = info_nce(
+            batch.gather(query),
+            batch.gather(positive_key),
+            negative_keys,
+            temperature=temperature,
+            negative_mode=negative_mode,
+            in_batch=in_batch,
+            symmetric=symmetric,
+            ids=batch.ids(ids),
+            reduction="none",
+            normalize=normalize,
+        )
+        return batch.share(values, reduction)
     if normalize:
         query, positive_key = normalized(query, positive_key)
         if negative_keys is not None:
@@ -118,10 +147,20 @@ def nt_xent(
     ids: Tensor | None = None,
     reduction: Reduction = "mean",
     normalize: bool = False,
+    group: Any = None,
+    mode: str = "auto",
+    reduce_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
     """Reference of :func:`fastcl.nt_xent`."""
+    if group is not None:
+        batch = WholeBatch(group, z0)
+        how: dict[str, Any] = {"ids": batch.ids(ids), "normalize": normalize}
+        values = nt_xent(
+            batch.gather(z0), batch.gather(z1), temperature=temperature, reduction="none", **how
+        )
+        return batch.share(values, reduction, views=2)
     if normalize:
         z0, z1 = normalized(z0, z1)
     n = z0.shape[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels import dispatch
+from fastcl.kernels.dispatch import Stream
 from fastcl.similarity.inputs import (
     check_diagonal,
     check_embeddings,
@@ -50,6 +51,12 @@ class Arguments(NamedTuple):
         }
 
     @property
+    def stream(self) -> Stream:
+        """The same without the backend, as backends take it."""
+        tensors = (None if x is None else x.contiguous() for x in self[2:5])
+        return Stream(self.u, self.v, *tensors, *self[5:8], self.workspace)  # type: ignore[arg-type]
+
+    @property
     def needs(self) -> list[bool]:
         """Which of u, v, scale, row_bias, col_bias want a gradient now."""
         on = torch.is_grad_enabled()
@@ -68,21 +75,23 @@ def check_stream(
     workspace: int | None,
     *,
     mirrored: bool = False,
+    may_be_empty: bool = False,
     **named: int | None,
 ) -> Arguments:
     """A stream's arguments, checked; its diagonal by the name that the user knows it by."""
     ((diagonal_name, diagonal),) = named.items()
     own_ids = col_ids is not None and col_ids is not row_ids
     if v is None:
-        (u,) = check_embeddings(u=u)
+        (u,) = check_embeddings(may_be_empty, u=u)
         col_ids = row_ids if col_ids is None else col_ids
     else:
-        u, v = check_embeddings(u=u, v=v)
+        u, v = check_embeddings(may_be_empty, u=u, v=v)
     n, m = u.shape[0], (u if v is None else v).shape[0]
     if (row_ids is None) != (col_ids is None):
         given, missing = ("row_ids", "col_ids") if col_ids is None else ("col_ids", "row_ids")
         raise ValueError(f"{given} is given without {missing}: ids of both sides are compared")
-    diagonal = check_diagonal(diagonal_name, diagonal, m)
+    if not may_be_empty:
+        diagonal = check_diagonal(diagonal_name, diagonal, m)
     scale = check_scale("scale", scale, u)
     row_bias = check_vector("row_bias", row_bias, n, u)
     col_bias = check_vector("col_bias", col_bias, m, u)

@@ -23,8 +23,11 @@ def _shape(x: Tensor) -> str:
     return "[" + ", ".join(str(s) for s in x.shape) + "]"
 
 
-def check_embeddings(**named: Tensor) -> list[Tensor]:
-    """Matrices of embeddings [N, D] that share D, device and, after promotion, dtype."""
+def check_embeddings(may_be_empty: bool = False, /, **named: Tensor) -> list[Tensor]:
+    """Matrices of embeddings [N, D] that share D, device and, after promotion, dtype.
+
+    `may_be_empty`: there may be no rows (on one rank of several).
+    """
     names, tensors = list(named), list(named.values())
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -35,7 +38,7 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
                 + (" (flatten the leading dimensions first)" if x.dim() > 2 else "")
             )
         check_dtype(name, x)
-        if x.shape[0] == 0 or x.shape[1] == 0:
+        if (x.shape[0] == 0 and not may_be_empty) or x.shape[1] == 0:
             raise ValueError(
                 f"{name} is empty (shape {_shape(x)}): a contrastive loss needs at least one row "
                 "and one dimension; skip the step for an empty batch"

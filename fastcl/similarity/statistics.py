@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl.distributed import softmax
+from fastcl.distributed.ranks import Ranks
 from fastcl.kernels import dispatch
 from fastcl.similarity import ops
 from fastcl.similarity.arguments import Arguments, check_stream
@@ -62,6 +64,8 @@ def pair_statistics(
     dim: Dim = "rows",
     backend: str = "auto",
     workspace: int | None = None,
+    ranks: Ranks | None = None,
+    local_ids: bool = False,
 ) -> Statistics:
     """Logsumexps over the negatives, and the logits of the positives, from one pass.
 
@@ -70,6 +74,9 @@ def pair_statistics(
 
     `mirrored`, for v = u: the ids drop the pairs (i + positives, i) as well, so that the matrix
     stays symmetric, and half of it is enough.
+
+    `ranks`: u and v are this rank's rows, and the statistics are over those of all ranks.
+    `local_ids`, for v = u: the ids are of this rank's rows alone, and drop nothing elsewhere.
     """
     check_choice("dim", dim, ("rows", "cols", "both"))
     args = check_stream(
@@ -82,15 +89,39 @@ def pair_statistics(
         col_ids,
         backend,
         workspace,
-        positives=positives,
         mirrored=mirrored,
+        may_be_empty=ranks is not None,
+        positives=positives,
     )
     if args.backend == dispatch.REFERENCE:
         raise ValueError(
             'pair_statistics is a part of losses that backend="reference" does not have: ask the '
             "loss itself, or similarity_logsumexp, for its reference"
         )
+    if ranks is not None:
+        return _statistics_across(args, dim, ranks, local_ids)
     return line_statistics(args, dim)
+
+
+def _statistics_across(args: Arguments, dim: Dim, ranks: Ranks, local_ids: bool) -> Statistics:
+    own_ids = args.row_ids if local_ids else None
+    if local_ids:
+        args = args._replace(row_ids=None, col_ids=None)
+    if args.v is None:
+        rest, _, logits, top, _ = softmax.logsumexp(
+            args.stream, args.backend, ranks, True, True, own_ids
+        )
+        both = LogSumExp(top, rest)
+        return Statistics(both, both, logits)
+    # The tower that is sent is the one without a gradient, if there is one: none goes back.
+    swap = dim == "both" and args.needs[1] and not args.needs[0]
+    if swap:
+        args = args._replace(u=args.v, v=args.u)
+    rest, col_rest, logits, top, col_top = softmax.logsumexp(
+        args.stream, args.backend, ranks, True, dim == "both"
+    )
+    rows, cols = LogSumExp(top, rest), LogSumExp(col_top, col_rest)
+    return Statistics(cols, rows, logits) if swap else Statistics(rows, cols, logits)
 
 
 def line_statistics(args: Arguments, dim: Dim) -> Statistics:

@@ -14,7 +14,7 @@ from fastcl.similarity.ops.common import operator, refuse_second_derivative, whe
 
 
 def _pair_slices(keys: Tensor) -> Iterator[slice]:
-    return row_slices(keys.shape[0], keys[0].numel())
+    return row_slices(keys.shape[0], keys.shape[1:].numel())
 
 
 def _pair_body(query: Tensor, keys: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""What ranks have agreed on: whose rows are where, and how the other tower comes to each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastcl.distributed.team import Team
+from fastcl.kernels.dtypes import accumulation_dtype
+
+MODES = ("auto", "gather", "ring")
+Mode = Literal["auto", "gather", "ring"]
+REDUCE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+GATHERED_LIMIT = 2 << 30
+"""Bytes of a gathered tower and of its gradient, above which "auto" sends blocks round a ring."""
+
+
+def check_options(mode: str, reduce_dtype: torch.dtype | None) -> None:
+    """Refuses a mode, or a dtype to send gradients in, that there is not."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(MODES)}")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(
+            f"reduce_dtype={reduce_dtype} is not known; choose one of "
+            + ", ".join(str(x) for x in REDUCE_DTYPES)
+        )
+
+
+def gathered_bytes(elements: int, dtype: torch.dtype, grad: bool) -> int:
+    """What gather mode holds of the other tower: its rows, and their gradient as accumulated."""
+    return elements * (dtype.itemsize + (accumulation_dtype(dtype).itemsize if grad else 0))
+
+
+def choose_mode(mode: str, elements: int, dtype: torch.dtype, grad: bool) -> str:
+    """"gather" or "ring", for a whole tower of so many numbers.
+
+    Gathering sends less (a ring sends its blocks again in the backward) and multiplies larger
+    matrices; a ring holds two blocks.
+    """
+    if mode != "auto":
+        return mode
+    return "gather" if gathered_bytes(elements, dtype, grad) <= GATHERED_LIMIT else "ring"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rows of the whole batch lie rank by rank: `counts[s]` of them on rank s."""
+
+    team: Team
+    counts: tuple[int, ...]
+    mode: str
+    reduce_dtype: torch.dtype | None
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return self.team.rank
+
+    @property
+    def size(self) -> int:
+        """W, how many processes there are."""
+        return self.team.size
+
+    @property
+    def total(self) -> int:
+        """N, the rows of the whole batch."""
+        return sum(self.counts)
+
+    @property
+    def offset(self) -> int:
+        """The first of this rank's rows in the whole batch."""
+        return self.rows_of(self.rank).start
+
+    def rows_of(self, rank: int) -> slice:
+        """Where the rows of a rank lie in the whole batch."""
+        stop = list(accumulate(self.counts))[rank]
+        return slice(stop - self.counts[rank], stop)
+
+    def times(self, factor: int) -> Ranks:
+        """The same with so many embeddings for each row (the views of a sample)."""
+        return Ranks(
+            self.team, tuple(factor * n for n in self.counts), self.mode, self.reduce_dtype
+        )
+
+    def share(self, local_sum: Tensor, reduction: str, anchors: int = 1) -> Tensor:
+        """This rank's loss of its anchors' sum: the mean over ranks is the loss of the whole batch.
+
+        `anchors`: how many each row has.
+        """
+        whole = local_sum * self.size
+        return whole / (anchors * self.total) if reduction == "mean" else whole

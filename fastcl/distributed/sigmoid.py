@@ -1,0 +1,66 @@
+"""Row sums of the sigmoid loss of a matrix whose rows lie on several ranks: nothing is merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.distributed.ranks import Ranks
+
+from fastcl.distributed.walk import Once, RowGradients, Walk
+from fastcl.kernels.dispatch import LineGradients, Needs, Stream
+from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
+from fastcl.kernels.walk import paired_rows
+
+
+def sigmoid_rows(stream: Stream, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """(row sums of softplus(l_ij) over the negatives of all ranks, the positives' logits)."""
+    walk = Walk.of(stream, backend, ranks)
+    out: tuple[Tensor, Tensor] = _SigmoidRows.apply(
+        stream.u, stream.v, stream.scale, stream.row_bias, walk
+    )
+    return out
+
+
+class _SigmoidRows(Once):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, v: Tensor, scale: Tensor, row_bias: Tensor | None, walk: Walk
+    ) -> tuple[Tensor, Tensor]:
+        ctx.device_type, ctx.gradients, ctx.walk = u.device.type, _row_gradients, walk
+        rows = u.new_zeros(len(u), dtype=vector_dtype(u))
+        pair_s = u.new_zeros(len(u), dtype=accumulation_dtype(u.dtype))
+        logits = torch.zeros_like(rows)
+        with torch.autocast(u.device.type, enabled=False):
+            for block, stream in walk.blocks(u, v):
+                if block.empty:
+                    continue
+                found, pairs = walk.backend.sigmoid_rows(stream)
+                rows += found
+                if pairs is not None:
+                    count = paired_rows(stream)
+                    pair_s[:count] = pairs.s[:count]
+                    logits[:count] = pairs.logits[:count].to(logits.dtype)
+        ctx.save_for_backward(u, v, pair_s)
+        return rows, logits
+
+
+def _row_gradients(ctx: Any, g_rows: Tensor, g_pairs: Tensor) -> tuple[Any, ...]:
+    walk: Walk = ctx.walk
+    u, v, pair_s = ctx.saved_tensors
+    needs, store = Needs(*ctx.needs_input_grad[:4]), accumulation_dtype(u.dtype)
+    total = RowGradients(walk.stream, needs)
+    for block, stream in walk.blocks(u, v):
+        if block.empty:
+            keys = torch.zeros_like(block.keys, dtype=store)
+        else:
+            own = stream.diagonal is not None
+            grads = LineGradients(rows=g_rows.contiguous(), pairs=g_pairs if own else None)
+            found = walk.backend.sigmoid_rows_backward(stream, pair_s, grads, needs, store=store)
+            total.add(block, found)
+            keys = found.v
+        if needs.v and keys is not None:
+            walk.exchange.give(block, keys)
+    return (*total.finish(walk.exchange.collect() if needs.v else None), None)

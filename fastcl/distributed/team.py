@@ -1,0 +1,152 @@
+"""The processes of a group: who they are, and a line between them for words rather than tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastcl.distributed.errors import RankFailed, RankLost, RanksDisagree
+
+Group = Any
+"""A process group, or a device mesh of one dimension. (Builds of PyTorch may have neither.)"""
+
+_timeout = float(os.environ.get("FASTCL_TIMEOUT", "600"))
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a rank waits for the others before it raises :class:`RankLost`; 600 at first.
+
+    Longer than the longest that ranks are ever apart (one evaluates, the others wait). For groups
+    that were not used yet; the environment variable FASTCL_TIMEOUT sets it for a whole job. Data on
+    NCCL waits as long as the process group's own timeout says.
+
+    Raises:
+        ValueError: unless the number is positive.
+
+    Example:
+        >>> import fastcl
+        >>> fastcl.distributed.set_timeout(600)
+    """
+    global _timeout
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"timeout is {seconds}; expected a positive number of seconds")
+    _timeout = float(seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class Team:
+    """A process group as this process sees it.
+
+    Words (who has how many rows, what goes wrong) go over `line`, a gloo group of the same ranks:
+    they never wait for a GPU, and reach everyone before the first tensor is sent.
+    """
+
+    group: dist.ProcessGroup
+    line: dist.ProcessGroup
+    rank: int
+    size: int
+    timeout: timedelta
+
+    def wait(self, work: dist.Work) -> None:
+        """Waits for a transfer: on gloo so long, on NCCL as long as the group's timeout says."""
+        if dist.get_backend(self.group) == "gloo":
+            work.wait(self.timeout)
+        else:
+            work.wait()
+
+    @contextlib.contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """Says in plain words what a lost connection or a timeout in there means."""
+        try:
+            yield
+        except (RankFailed, RankLost, RanksDisagree):
+            raise
+        except RuntimeError as error:  # all that torch.distributed raises
+            raise RankLost(
+                f"rank {self.rank} of {self.size} lost the others in {what}: a rank has died, has "
+                f"raised, or did not come here within {self.timeout.total_seconds():g} s (see "
+                "fastcl.distributed.set_timeout). Look for the first error of all ranks; this one "
+                f"only follows from it: {_first_line(error)}"
+            ) from error
+
+    def tell(self, words: Tensor) -> Tensor:
+        """Everyone's `words` (equally long vectors on the CPU), row by row, in log2(W) rounds.
+
+        Bruck et al. 1997: in each round a rank passes on all that it knows, so that it knows twice
+        as much after it. gloo's own all-gather goes round a ring, in W rounds.
+        """
+        known, step = words[None], 1
+        while step < self.size:
+            count = min(step, self.size - step)
+            new = torch.empty_like(known[:count])
+            left, right = (self.rank - step) % self.size, (self.rank + step) % self.size
+            sent = dist.isend(known[:count].contiguous(), group=self.line, group_dst=left)
+            came = dist.irecv(new, group=self.line, group_src=right)
+            assert sent is not None
+            assert came is not None
+            came.wait(self.timeout)
+            sent.wait(self.timeout)
+            known, step = torch.cat([known, new]), 2 * step
+        return torch.roll(known, self.rank, dims=0)  # row 0 was this rank's
+
+
+_teams: weakref.WeakKeyDictionary[dist.ProcessGroup, Team] = weakref.WeakKeyDictionary()
+
+
+def team_of(group: Group) -> Team:
+    """The team of a process group or device mesh; every rank of it must ask."""
+    group = _process_group(group)
+    team = _teams.get(group)
+    if team is None:
+        ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=_timeout)
+        try:
+            # Of these ranks alone: the others of the job need not know.
+            line = dist.new_group(
+                ranks, timeout=limit, backend="gloo", use_local_synchronization=True
+            )
+        except RuntimeError as error:
+            raise RankLost(
+                f"group= needs every one of its ranks {ranks} in the call, and within "
+                f"{_timeout:g} s not all came: {_first_line(error)}"
+            ) from error
+        team = Team(group, line, dist.get_rank(group), len(ranks), limit)
+        _teams[group] = team
+    return team
+
+
+def _process_group(group: Group) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "group= needs torch.distributed: call torch.distributed.init_process_group() first "
+            "(torchrun sets what it reads), or leave group at None for one process"
+        )
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"group is a device mesh of {group.ndim} dimensions {group.mesh_dim_names or ''}; "
+                'expected one: pass the dimension along which the batch is split, mesh["dp"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a process group or a device mesh, not {type(group).__name__}; "
+            "torch.distributed.group.WORLD is all ranks"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is no member of group: only its members may call the loss")
+    return group
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
