@@ -64,7 +64,7 @@ class Columns:
             packed.append(torch.stack([part.max, part.sum], dim=1))
             sent.append(0 if segment is None else segment.size)
             came.append(computed[s].size if s in computed else 0)
-        parts = []
+        parts = [empty_running(ranks.counts[ranks.rank], self._like)]
         for s, part in enumerate(send_to_owners(torch.cat(packed), sent, came, ranks)):
             if s in computed:
                 whole = empty_running(ranks.counts[ranks.rank], self._like)
