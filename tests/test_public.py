@@ -22,6 +22,14 @@ import fastcl.compat.open_clip
 ROOT = Path(fastcl.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 FUNCTIONS = sorted(n for n in fastcl.__all__ if isinstance(getattr(fastcl, n), FunctionType))
+PACKAGES = (
+    fastcl,
+    fastcl.compat,
+    fastcl.distributed,
+    fastcl.functional,
+    fastcl.losses,
+    fastcl.reference,
+)
 SPECIFIED = sorted(set(FUNCTIONS) - {"available_backends", "explain", "use_backend"})
 MODULES = sorted(
     m.name
@@ -34,7 +42,7 @@ def test_what_is_public() -> None:
     assert set(SPECIFIED) == set(fastcl.reference.__all__)
     assert set(fastcl.functional.__all__) <= set(SPECIFIED)
     assert len(SPECIFIED) == 7
-    for package in (fastcl, fastcl.functional, fastcl.losses, fastcl.compat, fastcl.reference):
+    for package in PACKAGES:
         assert package.__all__ == sorted(package.__all__)
         assert all(hasattr(package, name) for name in package.__all__)
         assert package.__doc__
@@ -105,11 +113,21 @@ ARROWS = {
     "__main__": {"train"},
     "reference": set(),
     "kernels": {"_C"},
-    "similarity": {"kernels", "reference"},
-    "functional": {"similarity", "kernels", "reference"},
-    "losses": {"functional", "similarity", "kernels"},
-    "compat": {"losses", "functional"},
-    "": {"_version", "compat", "functional", "kernels", "losses", "reference", "similarity"},
+    "distributed": {"kernels"},
+    "similarity": {"distributed", "kernels", "reference"},
+    "functional": {"similarity", "distributed", "kernels", "reference"},
+    "losses": {"functional", "similarity", "distributed", "kernels"},
+    "compat": {"losses", "functional", "distributed"},
+    "": {
+        "_version",
+        "compat",
+        "distributed",
+        "functional",
+        "kernels",
+        "losses",
+        "reference",
+        "similarity",
+    },
 }
 
 

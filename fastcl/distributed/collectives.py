@@ -47,7 +47,7 @@ def send_to_owners(x: Tensor, sent: list[int], came: list[int], ranks: Ranks) ->
             _bytes(out), _bytes(x), came, sent, group=ranks.team.group, async_op=True
         )
         ranks.team.wait(work)
-    return list(out.split(came))
+    return list(torch.split(out, came))
 
 
 def sum_to_owners(x: Tensor, ranks: Ranks) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -30,19 +31,22 @@ def across_ranks(loss: Callable[_P, _R]) -> Callable[_P, _R]:
     def wrapped(*args: _P.args, **options: _P.kwargs) -> _R:
         if options.get("group") is None:
             return loss(*args, **options)
-        return _together(loss, args, options)
+        return _together(loss, args, dict(options))
 
     return wrapped
 
 
-# A meeting talks to other processes, which no compiled graph can: torch.compile leaves it out.
-@torch.compiler.disable
 def _together(loss: Callable[..., _R], args: Any, options: dict[str, Any]) -> _R:
     if isinstance(options["group"], Meeting):  # of a loss that is made of this one
         return loss(*args, **options)
     name = getattr(loss, "__name__", "a loss")
     with Meeting(options["group"], name) as meeting:
         return loss(*args, **{**options, "group": meeting})
+
+
+# A meeting talks to other processes, which no compiled graph can: torch.compile leaves it out.
+# (This is what torch.compiler.disable sets, which would import the compiler to do so.)
+_together._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class Meeting:
@@ -61,10 +65,8 @@ class Meeting:
     ) -> None:
         if self._met or not isinstance(error, Exception):
             return
-        try:
+        with contextlib.suppress(RankLost):  # they are gone: what is raised here says more
             self._tell(0, f"{type(error).__name__}: {error}", failed=True)
-        except RankLost:
-            pass  # they are gone: what is raised here says more
 
     def agree(
         self,

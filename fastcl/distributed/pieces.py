@@ -49,7 +49,8 @@ def gather_rows(x: Tensor, group: Group, *, reduce_dtype: torch.dtype | None = N
         ranks = meeting.agree(
             len(x), x.flatten(1), mode="gather", reduce_dtype=reduce_dtype, x=x, shape=x.shape[1:]
         )
-    return _Gather.apply(x, ranks) if ranks.total else x  # type: ignore[no-any-return]
+    out: Tensor = _Gather.apply(x, ranks)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Gather(Once):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -37,7 +36,7 @@ def gathered_bytes(elements: int, dtype: torch.dtype, grad: bool) -> int:
 
 
 def choose_mode(mode: str, elements: int, dtype: torch.dtype, grad: bool) -> str:
-    """"gather" or "ring", for a whole tower of so many numbers.
+    """ "gather" or "ring", for a whole tower of so many numbers.
 
     Gathering sends less (a ring sends its blocks again in the backward) and multiplies larger
     matrices; a ring holds two blocks.
@@ -74,12 +73,12 @@ class Ranks:
     @property
     def offset(self) -> int:
         """The first of this rank's rows in the whole batch."""
-        return self.rows_of(self.rank).start
+        return sum(self.counts[: self.rank])
 
     def rows_of(self, rank: int) -> slice:
         """Where the rows of a rank lie in the whole batch."""
-        stop = list(accumulate(self.counts))[rank]
-        return slice(stop - self.counts[rank], stop)
+        start = sum(self.counts[:rank])
+        return slice(start, start + self.counts[rank])
 
     def times(self, factor: int) -> Ranks:
         """The same with so many embeddings for each row (the views of a sample)."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastcl.distributed.ranks import Ranks
-
 from fastcl.distributed.walk import Once, RowGradients, Walk
 from fastcl.kernels.dispatch import LineGradients, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
@@ -18,7 +17,7 @@ from fastcl.kernels.walk import paired_rows
 def sigmoid_rows(stream: Stream, backend: str, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(row sums of softplus(l_ij) over the negatives of all ranks, the positives' logits)."""
     walk = Walk.of(stream, backend, ranks)
-    out: tuple[Tensor, Tensor] = _SigmoidRows.apply(
+    out: tuple[Tensor, Tensor] = _SigmoidRows.apply(  # type: ignore[no-untyped-call]
         stream.u, stream.v, stream.scale, stream.row_bias, walk
     )
     return out
@@ -53,9 +52,8 @@ def _row_gradients(ctx: Any, g_rows: Tensor, g_pairs: Tensor) -> tuple[Any, ...]
     needs, store = Needs(*ctx.needs_input_grad[:4]), accumulation_dtype(u.dtype)
     total = RowGradients(walk.stream, needs)
     for block, stream in walk.blocks(u, v):
-        if block.empty:
-            keys = torch.zeros_like(block.keys, dtype=store)
-        else:
+        keys: Tensor | None = torch.zeros_like(block.keys, dtype=store)
+        if not block.empty:
             own = stream.diagonal is not None
             grads = LineGradients(rows=g_rows.contiguous(), pairs=g_pairs if own else None)
             found = walk.backend.sigmoid_rows_backward(stream, pair_s, grads, needs, store=store)

@@ -31,7 +31,7 @@ def logsumexp(
     are the rows. `own_ids` drop pairs in this rank's own block, where the batch has no ids.
     """
     walk = Walk.of(stream, backend, ranks, own_ids)
-    out: tuple[Tensor, ...] = _LogSumExp.apply(
+    out: tuple[Tensor, ...] = _LogSumExp.apply(  # type: ignore[no-untyped-call]
         stream.u, stream.v, stream.scale, stream.row_bias, walk, rows, cols
     )
     return out
@@ -54,9 +54,7 @@ class _LogSumExp(Once):
         with torch.autocast(u.device.type, enabled=False):
             of_rows, of_cols, pairs = _statistics(walk, u, v, rows, cols)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            u, v, pairs.s, of_rows.max, of_rows.sum, of_cols.max, of_cols.sum
-        )
+        ctx.save_for_backward(u, v, pairs.s, of_rows.max, of_rows.sum, of_cols.max, of_cols.sum)
         wide = vector_dtype(u)
         tops = of_rows.max.to(wide), of_cols.max.to(wide)
         ctx.mark_non_differentiable(*tops)
@@ -83,7 +81,10 @@ def _statistics(
             running.max[block.rows], running.sum[block.rows] = part.max, part.sum
         if found.pairs is not None:
             count = paired_rows(stream)
-            pairs.s[:count], pairs.logits[:count] = found.pairs.s[:count], found.pairs.logits[:count]
+            pairs.s[:count], pairs.logits[:count] = (
+                found.pairs.s[:count],
+                found.pairs.logits[:count],
+            )
         if cols and not own:
             columns.add(block, found.cols or empty_running(len(block.keys), u))
     if not cols:

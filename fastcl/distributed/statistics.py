@@ -65,11 +65,11 @@ class Columns:
             sent.append(0 if segment is None else segment.size)
             came.append(computed[s].size if s in computed else 0)
         parts = [empty_running(ranks.counts[ranks.rank], self._like)]
-        for s, part in enumerate(send_to_owners(torch.cat(packed), sent, came, ranks)):
-            if s in computed:
-                whole = empty_running(ranks.counts[ranks.rank], self._like)
-                whole.max[computed[s].rows], whole.sum[computed[s].rows] = part.unbind(1)
-                parts.append(whole)
+        arrived = send_to_owners(torch.cat(packed), sent, came, ranks)
+        for s, segment in computed.items():
+            whole = empty_running(ranks.counts[ranks.rank], self._like)
+            whole.max[segment.rows], whole.sum[segment.rows] = arrived[s].unbind(1)
+            parts.append(whole)
         return merge(parts)
 
 
@@ -81,7 +81,7 @@ def gather_sides(running: Running, gradient: Tensor, ranks: Ranks) -> list[tuple
     side = running.side(gradient)
     rows = gather_rows(torch.stack([side.max, side.weight], dim=1), ranks)
     sides = []
-    for part in rows.split(list(ranks.counts)):
+    for part in torch.split(rows, list(ranks.counts)):
         top, weight = part.contiguous().unbind(1)
         top, weight = top.contiguous(), weight.contiguous()
         sides.append((Running(top, torch.ones_like(top)), weight.to(gradient.dtype)))

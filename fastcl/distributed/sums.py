@@ -18,7 +18,7 @@ from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 
 
 def weighted_logsumexp(stream: Stream, backend: str, ranks: Ranks) -> Tensor:
-    """Sum over this rank's rows of log(1 + sum_j e^(l_ij - l_ii)), over the columns of all ranks."""
+    """Sum over this rank's rows of log(1 + sum_j e^(l_ij - l_ii)), j over all ranks' columns."""
     return _apply(stream, backend, ranks, sigmoid=False)
 
 
@@ -32,7 +32,7 @@ def _apply(stream: Stream, backend: str, ranks: Ranks, sigmoid: bool) -> Tensor:
     grad = torch.is_grad_enabled()
     tensors = (stream.u, stream.v, stream.scale, stream.row_bias)
     needs = [grad and x is not None and x.requires_grad for x in tensors]
-    total: Tensor = _Sum.apply(*tensors, walk, sigmoid, Needs(*needs))
+    total: Tensor = _Sum.apply(*tensors, walk, sigmoid, Needs(*needs))  # type: ignore[no-untyped-call]
     return total
 
 

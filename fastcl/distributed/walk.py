@@ -37,7 +37,7 @@ class Walk:
         """The walk for a stream; its ids, which are of the whole batch, are fetched."""
         ids = None
         if stream.row_ids is not None:
-            ids = gather_rows(stream.row_ids, ranks).split(list(ranks.counts))
+            ids = torch.split(gather_rows(stream.row_ids, ranks), list(ranks.counts))
         exchange = exchange_of(ranks, symmetric=stream.v is None)
         return Walk(stream, dispatch.get(backend), ranks, exchange, ids, own_ids)
 

@@ -36,9 +36,7 @@ def agree(
     if group is None:
         return None
     meeting: Meeting = group  # put there by across_ranks
-    return meeting.agree(
-        len(embeddings), embeddings, mode=mode, reduce_dtype=reduce_dtype, **facts
-    )
+    return meeting.agree(len(embeddings), embeddings, mode=mode, reduce_dtype=reduce_dtype, **facts)
 
 
 def reduce(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastcl.distributed.ranks import Mode, check_options
+from fastcl.distributed.team import Group
 from fastcl.functional.common import REDUCTIONS, Reduction
 from fastcl.kernels.dispatch import check_name
 from fastcl.similarity.inputs import check_choice, check_workspace, python_number
@@ -25,6 +27,9 @@ class Loss(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {
         "reduction": "mean",
         "normalize": False,
+        "group": None,
+        "mode": "auto",
+        "reduce_dtype": None,
         "backend": "auto",
         "workspace": None,
     }
@@ -34,16 +39,23 @@ class Loss(nn.Module):
         *,
         reduction: Reduction = "mean",
         normalize: bool = False,
+        group: Group | None = None,
+        mode: Mode = "auto",
+        reduce_dtype: torch.dtype | None = None,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
         check_flag("normalize", normalize)
+        check_options(mode, reduce_dtype)
         check_name(backend)
         self.workspace = None if workspace is None else check_workspace(workspace, default=0)
         self.reduction = reduction
         self.normalize = normalize
+        self.group = group
+        self.mode = mode
+        self.reduce_dtype = reduce_dtype
         self.backend = backend
 
     @property

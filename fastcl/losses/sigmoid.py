@@ -15,7 +15,8 @@ class SigLipLoss(Loss):
     exponentiated.
 
     Args:
-        reduction, normalize, backend, workspace: as for :func:`fastcl.siglip_loss`.
+        reduction, normalize, group, mode, reduce_dtype, backend, workspace: as for
+            :func:`fastcl.siglip_loss`.
 
     Example:
         >>> import fastcl, torch

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fastcl import functional
+from fastcl.distributed.ranks import Mode
+from fastcl.distributed.team import Group
 from fastcl.functional.common import Reduction
 from fastcl.losses.common import Loss, TemperatureLoss, check_flag
 from fastcl.similarity.inputs import check_choice
@@ -18,8 +21,8 @@ class InfoNCELoss(TemperatureLoss):
     Args:
         temperature: tau > 0, or its starting value with `learn_temperature`.
         learn_temperature: make ``log_temperature`` a parameter.
-        negative_mode, in_batch, symmetric, reduction, normalize, backend, workspace: as for
-            :func:`fastcl.info_nce`.
+        negative_mode, in_batch, symmetric, reduction, normalize, group, mode, reduce_dtype,
+            backend, workspace: as for :func:`fastcl.info_nce`.
 
     Example:
         >>> import fastcl, torch
@@ -46,6 +49,9 @@ class InfoNCELoss(TemperatureLoss):
         symmetric: bool = False,
         reduction: Reduction = "mean",
         normalize: bool = False,
+        group: Group | None = None,
+        mode: Mode = "auto",
+        reduce_dtype: torch.dtype | None = None,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
@@ -54,6 +60,9 @@ class InfoNCELoss(TemperatureLoss):
             learn_temperature,
             reduction=reduction,
             normalize=normalize,
+            group=group,
+            mode=mode,
+            reduce_dtype=reduce_dtype,
             backend=backend,
             workspace=workspace,
         )
@@ -90,7 +99,8 @@ class NTXentLoss(TemperatureLoss):
     Args:
         temperature: tau > 0, or its starting value with `learn_temperature`.
         learn_temperature: make ``log_temperature`` a parameter.
-        reduction, normalize, backend, workspace: as for :func:`fastcl.nt_xent`.
+        reduction, normalize, group, mode, reduce_dtype, backend, workspace: as for
+            :func:`fastcl.nt_xent`.
 
     Example:
         >>> import fastcl, torch
@@ -107,6 +117,9 @@ class NTXentLoss(TemperatureLoss):
         learn_temperature: bool = False,
         reduction: Reduction = "mean",
         normalize: bool = False,
+        group: Group | None = None,
+        mode: Mode = "auto",
+        reduce_dtype: torch.dtype | None = None,
         backend: str = "auto",
         workspace: int | None = None,
     ) -> None:
@@ -115,6 +128,9 @@ class NTXentLoss(TemperatureLoss):
             learn_temperature,
             reduction=reduction,
             normalize=normalize,
+            group=group,
+            mode=mode,
+            reduce_dtype=reduce_dtype,
             backend=backend,
             workspace=workspace,
         )
@@ -136,7 +152,8 @@ class ClipLoss(Loss):
     The scale is the model's parameter and is passed to each call, already exponentiated.
 
     Args:
-        reduction, normalize, backend, workspace: as for :func:`fastcl.clip_loss`.
+        reduction, normalize, group, mode, reduce_dtype, backend, workspace: as for
+            :func:`fastcl.clip_loss`.
 
     Example:
         >>> import fastcl, torch

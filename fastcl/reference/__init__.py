@@ -3,7 +3,8 @@
 These materialise the N x M matrix and use nothing of the rest of the package.
 They run on any device, in any floating dtype, and can be differentiated twice.
 16-bit inputs are widened to float32 first; give float64 inputs for the truth.
-The arguments ``backend`` and ``workspace`` are accepted and have no effect.
+With ``group`` every rank gathers the whole batch and computes all of its loss. The arguments
+``backend``, ``workspace``, ``mode`` and ``reduce_dtype`` are accepted and have no effect.
 """
 
 from fastcl.reference.sigmoid import siglip_loss

@@ -25,7 +25,7 @@ class WholeBatch:
 
     def gather(self, x: Tensor) -> Tensor:
         """All rows; the gradient is the sum over the ranks' losses."""
-        gathered: Tensor = _Gather.apply(x, self)
+        gathered: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return gathered
 
     def ids(self, ids: Tensor | None) -> Tensor | None:

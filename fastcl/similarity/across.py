@@ -24,7 +24,7 @@ def sigmoid_across(
     """The sigmoid loss of this rank's rows with all columns: by row, or their sum."""
     args = _check(u, v, **how)
     if args.needs[1] and not args.needs[0] and not by_row:
-        args = args._replace(u=args.v, v=args.u)  # a sum over pairs: send what needs no gradient
+        args = args._replace(u=args.keys, v=args.u)  # a sum over pairs: send what needs no gradient
     args = args._replace(row_bias=bias)
     if not by_row and ranks.mode == "gather":
         return sums.sigmoid_sum(args.stream, args.backend, ranks)

@@ -53,8 +53,18 @@ class Arguments(NamedTuple):
     @property
     def stream(self) -> Stream:
         """The same without the backend, as backends take it."""
-        tensors = (None if x is None else x.contiguous() for x in self[2:5])
-        return Stream(self.u, self.v, *tensors, *self[5:8], self.workspace)  # type: ignore[arg-type]
+        row_bias, col_bias = self.row_bias, self.col_bias
+        return Stream(
+            self.u,
+            self.v,
+            self.scale.contiguous(),
+            None if row_bias is None else row_bias.contiguous(),
+            None if col_bias is None else col_bias.contiguous(),
+            self.row_ids,
+            self.col_ids,
+            self.diagonal,
+            self.workspace,
+        )
 
     @property
     def needs(self) -> list[bool]:

@@ -116,7 +116,7 @@ def _statistics_across(args: Arguments, dim: Dim, ranks: Ranks, local_ids: bool)
     # The tower that is sent is the one without a gradient, if there is one: none goes back.
     swap = dim == "both" and args.needs[1] and not args.needs[0]
     if swap:
-        args = args._replace(u=args.v, v=args.u)
+        args = args._replace(u=args.keys, v=args.u)
     rest, col_rest, logits, top, col_top = softmax.logsumexp(
         args.stream, args.backend, ranks, True, dim == "both"
     )
