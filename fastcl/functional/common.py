@@ -56,15 +56,15 @@ def reduce(
     return values.to(accumulation_dtype(like.dtype))
 
 
-def contrast(positive: Tensor, *negatives: LogSumExp) -> Tensor:
+def contrast(positive: Tensor, *negatives: LogSumExp, beside: Tensor | None = None) -> Tensor:
     """-log softmax of the positive among logsumexps of negatives: log(1 + sum e^(lse - positive)).
 
     Exact however small the loss: nothing is subtracted from the positive's own share. A side
-    without negatives adds nothing.
+    without negatives adds nothing. `beside`: the same of other negatives, which are added to.
     """
     # 0, and NaN where the positive is infinite, as eager gives. Detached: as gradients, 1 - 1 would
     # swallow the digits of a small one.
-    loss = (positive - positive).detach()
+    loss = (positive - positive).detach() if beside is None else beside
     for lse in negatives:
         loss = torch.logaddexp(loss, lse.minus(positive))
     return loss

@@ -178,17 +178,23 @@ def info_nce(
 
     negatives = []
     if in_batch:
-        own = pair_statistics(
+        rows, _, positive = pair_statistics(
             query, positive_key, row_ids=ids, col_ids=ids, positives=0, ranks=ranks, **how
         )
-        positive = own.positives
-        negatives.append(own.rows)
+        negatives.append(rows)
     else:
         positive = pair_logits(query, positive_key, scale)
     if negative_keys is not None and negative_mode == "unpaired" and len(query):
         negatives.append(pair_statistics(query, negative_keys, **how).rows)
-    elif negative_keys is not None:
-        negatives.append(LogSumExp.of(pair_logits(query, negative_keys, scale)))
+    elif negative_keys is not None and len(query):
+        own = LogSumExp.of(pair_logits(query, negative_keys, scale))
+        if in_batch and query.dtype == torch.float32:
+            # Float64 dot products stand beside a positive of their kind, those of tiles beside
+            # their own. (Float64 tiles are of that kind, too; 16-bit gradients in two parts would be
+            # rounded twice.)
+            exact = contrast(pair_logits(query, positive_key, scale), own)
+            return reduce(contrast(positive, *negatives, beside=exact), reduction, query, ranks)
+        negatives.append(own)
     return reduce(contrast(positive, *negatives), reduction, query, ranks)
 
 
@@ -240,7 +246,12 @@ def _check_negatives(
                 f"negative_keys has shape {list(negative_keys.shape)}; expected [M, D]. Pass "
                 'negative_mode="paired" for [N, M, D], each query its own negatives'
             )
-        return check_embeddings(query=query, positive_key=positive_key, negative_keys=negative_keys)
+        query, positive_key = check_embeddings(True, query=query, positive_key=positive_key)
+        if negative_keys.shape[0] == 0:
+            check_embeddings(negative_keys=negative_keys)
+        return check_embeddings(
+            True, query=query, positive_key=positive_key, negative_keys=negative_keys
+        )
     n, d = query.shape
     if negative_keys.dim() != 3 or negative_keys.shape[0] != n or negative_keys.shape[2] != d:
         raise ValueError(
