@@ -31,9 +31,8 @@ def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
         padded[: len(x)] = x
     out = x.new_empty(ranks.size * most, *x.shape[1:])
     with ranks.team.watched("gathering rows"):
-        ranks.team.wait(
-            _all_gather(_bytes(out), _bytes(padded), group=ranks.team.group, async_op=True)
-        )
+        work = _all_gather(_bytes(out), _bytes(padded), group=ranks.team.group, async_op=True)
+        ranks.team.wait(work, out)
     if even:
         return out
     return torch.cat([out[most * s : most * s + n] for s, n in enumerate(counts)])
@@ -46,7 +45,7 @@ def send_to_owners(x: Tensor, sent: list[int], came: list[int], ranks: Ranks) ->
         work = dist.all_to_all_single(
             _bytes(out), _bytes(x), came, sent, group=ranks.team.group, async_op=True
         )
-        ranks.team.wait(work)
+        ranks.team.wait(work, out)
     return list(torch.split(out, came))
 
 
@@ -54,14 +53,14 @@ def sum_to_owners(x: Tensor, ranks: Ranks) -> Tensor:
     """Reduce-scatter of rows [N, ...]: the sum over ranks of this rank's rows, [n_r, ...].
 
     Sums are in the dtype of x, in the order of the ranks, however it is sent (`reduce_dtype`): each
-    number is then rounded once. Same-dtype sums are NCCL's own where the group is NCCL's.
+    number is then rounded once. On a GPU, sums of even batches as they are sent are NCCL's own.
     """
     counts, dtype = list(ranks.counts), ranks.reduce_dtype or x.dtype
     even, group = min(counts) == max(counts), ranks.team.group
-    if dtype == x.dtype and even and dist.get_backend(group) == "nccl":
+    if dtype == x.dtype and even and not x.is_cpu:
         out = x.new_empty(counts[0], *x.shape[1:])
         with ranks.team.watched("summing rows"):
-            ranks.team.wait(_reduce_scatter(out, x, group=group, async_op=True))
+            ranks.team.wait(_reduce_scatter(out, x, group=group, async_op=True), out)
         return out
     own = [counts[ranks.rank]] * ranks.size
     return total(send_to_owners(x.to(dtype), counts, own, ranks), x.dtype)
@@ -88,7 +87,7 @@ class Transfer:
         """What came, once it is there and what was sent is gone."""
         with self.ranks.team.watched("passing on a block"):
             for work in self.works:
-                self.ranks.team.wait(work)
+                self.ranks.team.wait(work, self.came)
         self.works, self.held = [], ()
         return self.came
 

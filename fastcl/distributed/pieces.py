@@ -109,7 +109,7 @@ def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
     with meeting.team.watched("a sum over ranks"):
         work = dist.all_reduce(out, group=meeting.team.group, async_op=True)
         assert work is not None
-        meeting.team.wait(work)
+        meeting.team.wait(work, out)
     return out
 
 

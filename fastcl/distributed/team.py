@@ -46,19 +46,22 @@ def set_timeout(seconds: float) -> None:
 class Team:
     """A process group as this process sees it.
 
-    Words (who has how many rows, what goes wrong) go over `line`, a gloo group of the same ranks:
-    they never wait for a GPU, and reach everyone before the first tensor is sent.
+    Words (who has how many rows, what goes wrong) go over `line`, gloo between the same ranks: they
+    never wait for a GPU, and reach everyone before the first tensor is sent.
     """
 
     group: dist.ProcessGroup
-    line: dist.ProcessGroup
+    line: Any
     rank: int
     size: int
     timeout: timedelta
 
-    def wait(self, work: dist.Work) -> None:
-        """Waits for a transfer: on gloo so long, on NCCL as long as the group's timeout says."""
-        if dist.get_backend(self.group) == "gloo":
+    def wait(self, work: dist.Work, x: Tensor) -> None:
+        """Waits for a transfer of x: on a CPU so long, else as long as the group's timeout says.
+
+        (On a GPU nothing waits here but the stream.)
+        """
+        if x.is_cpu:
             work.wait(self.timeout)
         else:
             work.wait()
@@ -89,10 +92,8 @@ class Team:
             count = min(step, self.size - step)
             new = torch.empty_like(known[:count])
             left, right = (self.rank - step) % self.size, (self.rank + step) % self.size
-            sent = dist.isend(known[:count].contiguous(), group=self.line, group_dst=left)
-            came = dist.irecv(new, group=self.line, group_src=right)
-            assert sent is not None
-            assert came is not None
+            sent = self.line.send([known[:count].contiguous()], left, 0)
+            came = self.line.recv([new], right, 0)
             came.wait(self.timeout)
             sent.wait(self.timeout)
             known, step = torch.cat([known, new]), 2 * step
@@ -107,20 +108,29 @@ def team_of(group: Group) -> Team:
     group = _process_group(group)
     team = _teams.get(group)
     if team is None:
-        ranks, limit = dist.get_process_group_ranks(group), timedelta(seconds=_timeout)
-        try:
-            # Of these ranks alone: the others of the job need not know.
-            line = dist.new_group(
-                ranks, timeout=limit, backend="gloo", use_local_synchronization=True
-            )
-        except RuntimeError as error:
-            raise RankLost(
-                f"group= needs every one of its ranks {ranks} in the call, and within "
-                f"{_timeout:g} s not all came: {_first_line(error)}"
-            ) from error
-        team = Team(group, line, dist.get_rank(group), len(ranks), limit)
-        _teams[group] = team
+        team = _teams[group] = _new_team(group)
     return team
+
+
+def _new_team(group: dist.ProcessGroup) -> Team:
+    if not dist.is_gloo_available():
+        raise RuntimeError(
+            "group= needs gloo, over which ranks agree on what they compute, and this build of "
+            "PyTorch is without it"
+        )
+    rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timedelta(0, _timeout)
+    # Not dist.new_group, which all ranks of the job would have to call, in the same order: its names
+    # are counted. These connections are the group's own.
+    store = dist.PrefixStore("fastcl", group.get_group_store())
+    try:
+        line = dist.ProcessGroupGloo(store, rank, size, limit)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RankLost(
+            f"group= needs every one of its ranks {ranks} in the call, and within {_timeout:g} s "
+            f"not all came: {_first_line(error)}"
+        ) from error
+    return Team(group, line, rank, size, limit)
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:
@@ -138,14 +148,15 @@ def _process_group(group: Group) -> dist.ProcessGroup:
                 'expected one: pass the dimension along which the batch is split, mesh["dp"]'
             )
         group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
+    outside = group is dist.GroupMember.NON_GROUP_MEMBER
+    if not outside and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group must be a process group or a device mesh, not {type(group).__name__}; "
             "torch.distributed.group.WORLD is all ranks"
         )
-    if dist.get_rank(group) < 0:
+    if outside or dist.get_rank(group) < 0:
         raise ValueError("this process is no member of group: only its members may call the loss")
-    return group
+    return group  # type: ignore[no-any-return]
 
 
 def _first_line(error: Exception) -> str:

@@ -90,3 +90,10 @@ def whole(
         else:
             out[name] = torch.cat(given).double() / factor
     return out
+
+
+def unit_rows(n: int, d: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random unit rows that want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(rows, dim=-1).to(dtype).requires_grad_()
