@@ -119,9 +119,11 @@ def _new_team(group: dist.ProcessGroup) -> Team:
             "PyTorch is without it"
         )
     rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timedelta(0, _timeout)
-    # Not dist.new_group, which all ranks of the job would have to call, in the same order: its names
-    # are counted. These connections are the group's own.
-    store = dist.PrefixStore("fastcl", group.get_group_store())
+    # Not dist.new_group, which all ranks of the job would have to call, and in the same order, as
+    # its names are counted. These connections are the group's own.
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        "fastcl", group.get_group_store()
+    )
     try:
         line = dist.ProcessGroupGloo(store, rank, size, limit)
     except RuntimeError as error:

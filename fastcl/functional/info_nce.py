@@ -190,8 +190,8 @@ def info_nce(
         own = LogSumExp.of(pair_logits(query, negative_keys, scale))
         if in_batch and query.dtype == torch.float32:
             # Float64 dot products stand beside a positive of their kind, those of tiles beside
-            # their own. (Float64 tiles are of that kind, too; 16-bit gradients in two parts would be
-            # rounded twice.)
+            # their own. (Float64's tiles are of that kind, too; and 16-bit gradients in two parts
+            # would be rounded twice.)
             exact = contrast(pair_logits(query, positive_key, scale), own)
             return reduce(contrast(positive, *negatives, beside=exact), reduction, query, ranks)
         negatives.append(own)

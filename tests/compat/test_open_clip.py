@@ -85,9 +85,13 @@ def test_signatures_are_open_clips() -> None:
 
 
 @pytest.mark.parametrize("loss", [ClipLoss, SigLipLoss])
-def test_several_processes_are_refused(loss: Any) -> None:
-    with pytest.raises(NotImplementedError, match=r"rank=1, world_size=2.*one process"):
-        loss(rank=1, world_size=2)
+def test_ranks_that_there_are_not(loss: Any) -> None:
+    for rank, size in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank={rank}, world_size={size}; expected"):
+            loss(rank=rank, world_size=size)
+    out = features() | {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(0.0)}
+    with pytest.raises(RuntimeError, match=r"init_process_group\(\) first"):
+        loss(rank=1, world_size=2)(**out)
 
 
 def test_backend_options_are_passed_on() -> None:
