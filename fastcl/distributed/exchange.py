@@ -6,7 +6,7 @@ backward ask for the same blocks; in the backward each block's gradient is given
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,15 +110,15 @@ class AllGather:
 # ---- v = u: the matrix over all rows is symmetric, and each pair of ranks has one block ----
 
 
-def partner(ranks: Ranks, row_rank: int, distance: int) -> tuple[slice, Segment]:
+def partner(counts: Sequence[int], row_rank: int, distance: int) -> tuple[slice, Segment]:
     """What a rank computes with the one `distance` further: its rows, and the other's.
 
     Up to half way round each pair of ranks meets once. At half way it meets twice, and each of the
     two takes half of the rows of the one that comes first.
     """
-    other = (row_rank + distance) % ranks.size
-    n, m = ranks.counts[row_rank], ranks.counts[other]
-    if distance == 0 or 2 * distance < ranks.size:
+    other = (row_rank + distance) % len(counts)
+    n, m = counts[row_rank], counts[other]
+    if distance == 0 or 2 * distance < len(counts):
         return slice(0, n), Segment(other, slice(0, m))
     if row_rank < other:
         return slice(0, n // 2), Segment(other, slice(0, m))
@@ -138,18 +138,18 @@ class Direct:
         """This rank's own block, while the others are on their way, and then those."""
         ranks, own = self._ranks, own.detach()
         transfers = [] if self._keys is not None else [self._fetch(own, d) for d in self._hops]
-        rows, mine = partner(ranks, ranks.rank, 0)
+        rows, mine = partner(ranks.counts, ranks.rank, 0)
         yield Block(rows, own, (mine,), symmetric=True)
         if self._keys is None:
             self._keys = [transfer.wait() for transfer in transfers]
         for distance, keys in zip(self._hops, self._keys, strict=True):
-            rows, segment = partner(ranks, ranks.rank, distance)
+            rows, segment = partner(ranks.counts, ranks.rank, distance)
             yield Block(rows, keys, (segment,))
 
     def _fetch(self, own: Tensor, distance: int) -> Transfer:
         ranks, before = self._ranks, (self._ranks.rank - distance) % self._ranks.size
-        _, wanted = partner(ranks, ranks.rank, distance)
-        _, asked = partner(ranks, before, distance)
+        _, wanted = partner(ranks.counts, ranks.rank, distance)
+        _, asked = partner(ranks.counts, before, distance)
         room = own.new_empty(wanted.size, *own.shape[1:])
         return pass_on(own[asked.rows], before, room, wanted.rank, ranks)
 
@@ -163,9 +163,9 @@ class Direct:
         assert out is not None
         transfers = []
         for distance, gradient in zip(self._hops, self._given, strict=True):
-            segment = partner(ranks, ranks.rank, distance)[1]
+            segment = partner(ranks.counts, ranks.rank, distance)[1]
             before = (ranks.rank - distance) % ranks.size
-            mine = partner(ranks, before, distance)[1]
+            mine = partner(ranks.counts, before, distance)[1]
             wire = gradient.to(wire_dtype(gradient.dtype, ranks))
             room = wire.new_empty(mine.size, *out.shape[1:])
             transfers.append((mine, pass_on(wire, segment.rank, room, before, ranks)))
@@ -213,7 +213,7 @@ class Ring:
             rows = slice(0, ranks.counts[ranks.rank])
             cols = (Segment(here, slice(0, len(held))),)
             return Block(rows, held, cols, diagonal=0 if k == 0 else None)
-        rows, segment = partner(ranks, ranks.rank, k)
+        rows, segment = partner(ranks.counts, ranks.rank, k)
         return Block(rows, held[segment.rows], (segment,), symmetric=k == 0)
 
     def give(self, block: Block, gradient: Tensor) -> None:

@@ -18,6 +18,7 @@ from fastcl.distributed.team import Group, Team, team_of
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+HEADER = 24  # bytes: how many rows, a digest of what is computed, whether all is well
 _WORDS = 128  # of 8 bytes: how much a rank says where something is wrong
 
 

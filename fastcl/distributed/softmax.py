@@ -101,7 +101,7 @@ def _computed(ranks: Ranks, symmetric: bool) -> dict[int, Segment]:
     if not symmetric:
         return {s: Segment(rank, slice(0, ranks.counts[rank])) for s in range(size)}
     before = (((rank - d) % size, d) for d in range(1, size // 2 + 1))
-    return {s: partner(ranks, s, d)[1] for s, d in before}
+    return {s: partner(ranks.counts, s, d)[1] for s, d in before}
 
 
 def _line_gradients(

@@ -7,11 +7,12 @@ from typing import Literal
 
 import torch
 
+from fastcl.distributed.cost import ExchangeCost, exchange_cost
+from fastcl.distributed.ranks import Mode, check_options, choose_mode
 from fastcl.kernels import dispatch
-from fastcl.kernels.dispatch import Stream
 from fastcl.kernels.dtypes import accumulation_dtype
-from fastcl.kernels.plan import Chunk, TilePlan
-from fastcl.kernels.triton.plan import ALIGNMENT, PROCESSORS, blocks_for, by_library, owned_bytes
+from fastcl.kernels.plan import TilePlan
+from fastcl.similarity.block_cost import BlockCost, Kind, block_cost
 from fastcl.similarity.inputs import check_choice, check_dtype, check_workspace
 
 LossName = Literal["info_nce", "clip_loss", "siglip_loss", "nt_xent"]
@@ -33,6 +34,11 @@ class Explanation:
             each pass over a tile finds none of them in a cache, and its own blocks do.
         workspace: bytes of tile storage; where no tile is stored, of partial sums.
         accumulators: bytes of gradients in float32 (float64) beside those that are returned.
+        world_size: ranks of the group; all figures are of one of them. n and m are then the rows
+            and columns of its part of the matrix.
+        mode: "gather" or "ring"; None for one process.
+        sent: bytes that it sends.
+        held: bytes of other ranks' embeddings that it holds at a time.
     """
 
     loss: str
@@ -50,6 +56,10 @@ class Explanation:
     traffic: int
     workspace: int
     accumulators: int
+    world_size: int = 1
+    mode: str | None = None
+    sent: int = 0
+    held: int = 0
 
     def __str__(self) -> str:
         plan, kept = self.plan, ", kept until their gradient is made" if self.plan.keep else ""
@@ -64,6 +74,10 @@ class Explanation:
             ("workspace", f"{self.workspace / 2**20:.0f} MiB"),
             ("accumulators", f"{self.accumulators / 2**20:.0f} MiB of float32"),
         ]
+        if self.mode is not None:
+            rows.insert(2, ("ranks", f"{self.world_size}, mode {self.mode}: of one of them"))
+            rows.append(("sent", f"{self.sent / 1e9:.3g} GB"))
+            rows.append(("held", f"{self.held / 2**20:.0f} MiB of other ranks' embeddings"))
         return "\n".join(f"{name:<13} {text}" for name, text in rows)
 
 
@@ -76,6 +90,9 @@ def explain(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     workspace: int | None = None,
+    world_size: int = 1,
+    mode: Mode | str = "auto",
+    reduce_dtype: torch.dtype | None = None,
 ) -> Explanation:
     """How a loss's forward and backward would be computed: nothing is computed here.
 
@@ -85,12 +102,16 @@ def explain(
     Args:
         loss: "info_nce", "clip_loss", "siglip_loss" or "nt_xent", with mean or sum and gradients
             for all embeddings.
-        n: rows of each tower (nt_xent: of each view).
+        n: rows of each tower (nt_xent: of each view); with `world_size`, of this rank.
         d: dimension of the embeddings.
         m: keys of info_nce with separate negatives; None: n.
         dtype: of the embeddings.
         backend: "cpu", "torch", "triton"; "auto": the one for CPU tensors.
         workspace: bytes that the tiles may take; None: the backend's default.
+        world_size: ranks over which the batch is spread, n rows on each.
+        mode: how the other tower travels between them: "gather", "ring", or "auto", which chooses
+            by its size.
+        reduce_dtype: in which dtype its gradients travel; None: as they are accumulated.
 
     Raises:
         ValueError, TypeError: for a loss, size, dtype or backend that there is not.
@@ -100,122 +121,97 @@ def explain(
         >>> plan = fastcl.explain("clip_loss", 65536, 768, dtype=torch.bfloat16, backend="triton")
         >>> plan.products, plan.tiles
         (4.0, 48)
+        >>> fastcl.explain("clip_loss", 16384, 768, dtype=torch.bfloat16, world_size=64).mode
+        'ring'
         >>> print(plan)  # doctest: +ELLIPSIS
         loss          clip_loss, 65536 x 65536 pairs, D = 768, torch.bfloat16
         ...
     """
     check_choice("loss", loss, _LOSSES)
     check_dtype("loss", dtype)
-    for name, size in (("n", n), ("d", d), ("m", n if m is None else m)):
+    check_options(mode, reduce_dtype)
+    sizes = {"n": n, "d": d, "m": n if m is None else m, "world_size": world_size}
+    for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{name} is {size!r}; expected a positive number of rows or dimensions"
-            )
-    if m is not None and loss != "info_nce":
-        raise ValueError(f"m has no meaning for {loss}, which pairs all rows: leave it out")
+            what = "ranks" if name == "world_size" else "rows or dimensions"
+            raise ValueError(f"{name} is {size!r}; expected a positive number of {what}")
+    if m is not None and (loss != "info_nce" or world_size > 1):
+        what = "a batch across ranks" if loss == "info_nce" else f"{loss}, which pairs all rows"
+        raise ValueError(f"m has no meaning for {what}: leave it out")
     dispatch.check_name(backend)
     if backend == dispatch.AUTO:
         backend = dispatch.resolve(backend, torch.device("cpu"))
     if backend == dispatch.REFERENCE:
         raise ValueError("the reference stores the whole matrix: there is no plan to explain")
-    symmetric = loss == "nt_xent"
-    n, m = (2 * n, 2 * n) if symmetric else (n, m or n)
-    found = dispatch.get(backend)
-    u, v = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, m))
-    scale = torch.empty(1, device="meta")
-    budget = check_workspace(workspace, found.default_workspace)
-    stream = Stream(u, None if symmetric else v, scale, None, None, None, None, 0, budget)
-    plan = found.plan(stream, keep=loss == "info_nce")
-    rows, cols = list(plan.row_chunks()), list(plan.col_chunks())
-    pairs = [(r, c) for r in rows for c in cols if not symmetric or c.start >= r.start]
-    # Of the symmetric matrix, tiles on the diagonal have no mirror image.
-    diagonal = [(r, c) for r, c in pairs if symmetric and r.start == c.start]
-    parts = found.products(stream).parts(plan)
-    passes, made, kernels = _passes(loss, plan)
-    of_side = (parts + 1, 1) if plan.owned else (parts, parts)  # products, and launches
-    area, mirrorless = (sum(r.size * c.size for r, c in some) for some in (pairs, diagonal))
-    products = (made * area + of_side[0] * (2 * area - mirrorless)) / (n * m)
-    launches = len(pairs) * (kernels + 2 * of_side[1]) - len(diagonal) * of_side[1]
-    fused = backend == "triton" and dtype != torch.float64
-    if fused and loss != "siglip_loss":  # partial statistics are merged in launches of their own
-        launches += len(pairs) * (1 if loss == "info_nce" else 2) - len(diagonal)
-    if fused and not plan.owned:  # similarities that the library makes are launches, too
-        padded = d + -d % ALIGNMENT
-        blocks = blocks_for(dtype.itemsize, padded, split=parts == 2)
-        few = [by_library(r.size, c.size, padded, blocks, PROCESSORS) for r, c in pairs]
-        launches += made * sum(few)
-    wide = accumulation_dtype(dtype)
-    if loss in ("info_nce", "siglip_loss"):  # made in the forward, they wait for the backward
-        accumulators = (n + m) * d
-    else:
-        accumulators = (m + min(plan.rows, n)) * d if dtype != wide else 0
-    tile = 0 if plan.owned else parts * min(plan.rows, n) * min(plan.cols, m)
-    if plan.owned:
-        stored = owned_bytes(min(plan.rows, n), min(plan.cols, m), d)
-    else:
-        stored = plan.workspace * wide.itemsize if plan.keep or not fused else 0
+    budget = check_workspace(workspace, dispatch.get(backend).default_workspace)
+    rows = 2 * n if loss == "nt_xent" else n
+    if world_size > 1:
+        mode = choose_mode(mode, world_size * rows * d, dtype, True)
+    kind = Kind(loss, one_pass=loss in ("info_nce", "siglip_loss") and mode != "ring")
+    # Rows and columns of this rank's blocks: one, or one for each rank.
+    blocks = [(rows, m or rows, loss == "nt_xent")]
+    if world_size > 1 and loss == "nt_xent":  # half of the other ranks' rows
+        blocks += [(rows, rows, False)] * ((world_size - 1) // 2)
+        blocks += [(rows // 2, rows, False)] * (world_size % 2 == 0 and rows > 1)
+    elif world_size > 1:
+        ring = mode == "ring"
+        blocks = [(rows, rows, False)] * world_size if ring else [(rows, world_size * rows, False)]
+    costs = [
+        block_cost(kind, r, c, d, dtype, backend, budget, symmetric=own) for r, c, own in blocks
+    ]
+    return _together(
+        costs, kind, d, dtype, backend, world_size, mode if world_size > 1 else None, reduce_dtype
+    )
+
+
+def _together(
+    costs: list[BlockCost],
+    kind: Kind,
+    dim: int,
+    dtype: torch.dtype,
+    backend: str,
+    world_size: int,
+    mode: str | None,
+    reduce_dtype: torch.dtype | None,
+) -> Explanation:
+    """The blocks of one rank as one plan."""
+    first, wide = costs[0], accumulation_dtype(dtype)
+    n = first.plan.n
+    m = first.plan.m if world_size == 1 else n * world_size
+    exchange, accumulators = ExchangeCost(0, 0), first.accumulators
+    if mode is not None:
+        exchange = exchange_cost(
+            n,
+            world_size,
+            dim,
+            dtype,
+            mode=mode,
+            symmetric=kind.loss == "nt_xent",
+            columns=kind.loss in ("clip_loss", "nt_xent"),
+            reduce_dtype=reduce_dtype,
+        )
+        # This rank's rows', and all columns', or a block's own, new, coming and going.
+        columns = 4 * n if mode == "ring" else sum(cost.plan.m for cost in costs)
+        accumulators = (n + columns) * dim
+    whole = n * m
+    area = sum(cost.products for cost in costs)
     return Explanation(
-        loss,
+        kind.loss,
         backend,
         dtype,
         n,
         m,
-        d,
-        plan,
-        len(pairs),
-        passes,
-        round(products, 3),
-        products * 2.0 * n * m * d,
-        launches,
-        _traffic(
-            plan, pairs, symmetric, d, dtype, passes=(made, kernels), parts=parts, fused=fused
-        ),
-        stored + (tile * dtype.itemsize if fused else 0),
+        dim,
+        first.plan,
+        sum(cost.tiles for cost in costs),
+        first.passes,
+        round(area / whole, 3),
+        area * 2.0 * dim,
+        sum(cost.launches for cost in costs),
+        sum(cost.traffic for cost in costs),
+        max(cost.workspace for cost in costs),
         accumulators * wide.itemsize,
+        world_size,
+        mode,
+        *exchange,
     )
-
-
-def _passes(loss: LossName, plan: TilePlan) -> tuple[tuple[str, ...], int, int]:
-    """(what is done with each tile, how often it is made for that, kernels beside the products)."""
-    statistics = () if loss == "siglip_loss" else ("statistics",)
-    count = len(statistics)
-    if plan.owned:  # the products, and the similarities for them, are the owners' kernels
-        what = "gradient" if statistics else "loss and gradient"
-        return (*statistics, f"{what} by the rows' owners, then the columns'"), count, count
-    if loss == "siglip_loss":
-        return ("loss and gradient", "two gradient products"), 1, 1
-    made = "kept similarities" if plan.keep else "similarities made again"
-    passes = (*statistics, f"gradient from {made}", "two gradient products")
-    return passes, 1 if plan.keep else 2, 2
-
-
-def _traffic(
-    plan: TilePlan,
-    pairs: list[tuple[Chunk, Chunk]],
-    symmetric: bool,
-    dim: int,
-    dtype: torch.dtype,
-    *,
-    passes: tuple[int, int],
-    parts: int,
-    fused: bool,
-) -> int:
-    """Bytes of tiles, operands and accumulators; `passes`: (products of S, kernels over a tile)."""
-    wide, item = accumulation_dtype(dtype).itemsize, dtype.itemsize
-    made, kernels = passes
-    products = 1 if plan.owned else parts  # that add to an accumulator, for each side of a tile
-    tiles = operands = added = 0
-    for r, c in pairs:
-        size, lines = r.size * c.size, r.size + c.size
-        sides = 1 if symmetric and r.start == c.start else 2
-        if plan.owned:
-            operands += (made + sides) * lines
-        else:
-            operands += made * lines + parts * (lines if sides == 2 else c.size)
-        if fused and not plan.owned:  # G written, and read for each side; kept similarities
-            tiles += parts * item * (1 + sides) * size + (2 * wide * size if plan.keep else 0)
-        elif not fused:  # S written and read, G written and read
-            tiles += wide * (made + kernels + 1 + sides) * size
-        added += products * (lines if sides == 2 else r.size)
-    first = plan.n if symmetric else plan.n + plan.m  # written, not read
-    return tiles + item * dim * operands + wide * dim * (2 * added - first)
