@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +20,7 @@ from fastcl.distributed.team import Group, Team, team_of
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 HEADER = 24  # bytes: how many rows, a digest of what is computed, whether all is well
+_OWN_AFFAIR = ("group", "backend", "workspace")  # arguments in which ranks may differ
 _WORDS = 128  # of 8 bytes: how much a rank says where something is wrong
 
 
@@ -28,20 +30,28 @@ def across_ranks(loss: Callable[_P, _R]) -> Callable[_P, _R]:
     Whatever the loss raises before its ranks have agreed is told to all of them.
     """
 
+    signature = inspect.signature(loss)
+
     @functools.wraps(loss)
     def wrapped(*args: _P.args, **options: _P.kwargs) -> _R:
-        if options.get("group") is None:
+        given: dict[str, Any] = dict(options)
+        check_options(given.get("mode", "auto"), given.get("reduce_dtype"))
+        if given.get("group") is None:
             return loss(*args, **options)
-        return _together(loss, args, dict(options))
+        return _together(loss, signature, args, given)
 
     return wrapped
 
 
-def _together(loss: Callable[..., _R], args: Any, options: dict[str, Any]) -> _R:
+def _together(
+    loss: Callable[..., _R], signature: inspect.Signature, args: Any, options: dict[str, Any]
+) -> _R:
     if isinstance(options["group"], Meeting):  # of a loss that is made of this one
         return loss(*args, **options)
-    name = getattr(loss, "__name__", "a loss")
-    with Meeting(options["group"], name) as meeting:
+    call = signature.bind(*args, **options)
+    call.apply_defaults()
+    with Meeting(call.arguments["group"], getattr(loss, "__name__", "a loss")) as meeting:
+        meeting.arguments = {k: v for k, v in call.arguments.items() if k not in _OWN_AFFAIR}
         return loss(*args, **{**options, "group": meeting})
 
 
@@ -56,6 +66,7 @@ class Meeting:
     def __init__(self, group: Group, what: str) -> None:
         self.team: Team = team_of(group)
         self.what = what
+        self.arguments: dict[str, Any] = {}  # of the call
         self._met = False
 
     def __enter__(self) -> Meeting:
@@ -69,23 +80,17 @@ class Meeting:
         with contextlib.suppress(RankLost):  # they are gone: what is raised here says more
             self._tell(0, f"{type(error).__name__}: {error}", failed=True)
 
-    def agree(
-        self,
-        rows: int,
-        embeddings: Tensor,
-        *,
-        mode: str,
-        reduce_dtype: torch.dtype | None,
-        **facts: Any,
-    ) -> Ranks:
+    def agree(self, embeddings: Tensor, **facts: Any) -> Ranks:
         """Compares what the ranks are about to compute; returns who has how many rows.
 
-        `facts` must be the same everywhere. Of a tensor it is whether it wants a gradient.
+        The arguments of the call and `facts` must be the same everywhere; of a tensor, that it is
+        one, and whether it wants a gradient.
         """
-        check_options(mode, reduce_dtype)
+        facts = {**self.arguments, **facts}
+        mode, reduce_dtype = facts.get("mode", "gather"), facts.get("reduce_dtype")
         dim, dtype, on = embeddings.shape[1], embeddings.dtype, torch.is_grad_enabled()
         facts |= {"D": dim, "dtype": dtype, "device": embeddings.device.type}
-        counts = self.agree_on_rows(rows, mode=mode, reduce_dtype=reduce_dtype, **facts)
+        counts = self.agree_on_rows(len(embeddings), **facts)
         if sum(counts) == 0:
             raise ValueError(
                 f"{self.what}: the batch is empty on all {self.team.size} ranks; expected at least "
@@ -124,8 +129,7 @@ class Meeting:
 
 def _shown(value: Any, grad_enabled: bool) -> str:
     if isinstance(value, Tensor):
-        wanted = grad_enabled and value.requires_grad
-        return "a tensor " + ("with a gradient" if wanted else "without a gradient")
+        return "a tensor" + " with a gradient" * (grad_enabled and value.requires_grad)
     return str(value).removeprefix("torch.")
 
 

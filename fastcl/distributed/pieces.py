@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcl.distributed import collectives
 from fastcl.distributed.meeting import Meeting
-from fastcl.distributed.ranks import Ranks
+from fastcl.distributed.ranks import Ranks, check_options
 from fastcl.distributed.team import Group
 from fastcl.distributed.walk import Once
 from fastcl.kernels.dtypes import accumulation_dtype
@@ -46,9 +46,9 @@ def gather_rows(x: Tensor, group: Group, *, reduce_dtype: torch.dtype | None = N
     """
     with Meeting(group, "gather_rows") as meeting:
         _check(x)
-        ranks = meeting.agree(
-            len(x), x.flatten(1), mode="gather", reduce_dtype=reduce_dtype, x=x, shape=x.shape[1:]
-        )
+        check_options("gather", reduce_dtype)
+        facts = {"x": x, "shape": tuple(x.shape[1:]), "reduce_dtype": reduce_dtype}
+        ranks = meeting.agree(x.flatten(1), **facts)
     out: Tensor = _Gather.apply(x, ranks)  # type: ignore[no-untyped-call]
     return out
 

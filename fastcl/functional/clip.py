@@ -86,19 +86,7 @@ def clip_loss(
     scale = check_number("logit_scale", logit_scale, image)
     ids = check_ids("ids", ids, image.shape[0], image)
     by_reference = is_reference(backend, image, workspace)
-    ranks = agree(
-        group,
-        image,
-        mode=mode,
-        reduce_dtype=reduce_dtype,
-        image_features=image,
-        text_features=text,
-        logit_scale=logit_scale,
-        ids=ids is not None,
-        reduction=reduction,
-        normalize=normalize,
-        by_reference=by_reference,
-    )
+    ranks = agree(group, image, by_reference=by_reference)
     if by_reference:
         return reference.clip_loss(
             image,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.distributed.meeting import Meeting
-from fastcl.distributed.ranks import Ranks, check_options
+from fastcl.distributed.ranks import Ranks
 from fastcl.distributed.team import Group
 from fastcl.kernels import dispatch
 from fastcl.kernels.dtypes import accumulation_dtype
@@ -20,23 +20,15 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def agree(
-    group: Group | None,
-    embeddings: Tensor,
-    *,
-    mode: str,
-    reduce_dtype: torch.dtype | None,
-    **facts: Any,
-) -> Ranks | None:
+def agree(group: Group | None, embeddings: Tensor, **facts: Any) -> Ranks | None:
     """What the ranks of a group have in common, once all are here; None for one process.
 
-    `facts`: what must be the same on all of them.
+    `facts`: what must be the same on all of them, beside the loss's own arguments.
     """
-    check_options(mode, reduce_dtype)
     if group is None:
         return None
     meeting: Meeting = group  # put there by across_ranks
-    return meeting.agree(len(embeddings), embeddings, mode=mode, reduce_dtype=reduce_dtype, **facts)
+    return meeting.agree(embeddings, **facts)
 
 
 def reduce(

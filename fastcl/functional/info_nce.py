@@ -125,22 +125,8 @@ def info_nce(
             workspace=workspace,
         )
     by_reference = is_reference(backend, query, workspace)
-    ranks = agree(
-        group,
-        query,
-        mode=mode,
-        reduce_dtype=reduce_dtype,
-        query=query,
-        positive_key=positive_key,
-        negative_keys=None if negative_keys is None else negative_keys.shape[-2],
-        negative_mode=negative_mode,
-        in_batch=in_batch,
-        temperature=temperature,
-        ids=ids is not None,
-        reduction=reduction,
-        normalize=normalize,
-        by_reference=by_reference,
-    )
+    number = None if negative_keys is None else negative_keys.shape[-2]
+    ranks = agree(group, query, number_of_negatives=number, by_reference=by_reference)
     if by_reference:
         return reference.info_nce(
             query,

@@ -85,19 +85,7 @@ def nt_xent(
     scale = check_temperature(temperature, z0)
     ids = check_ids("ids", ids, z0.shape[0], z0)
     by_reference = is_reference(backend, z0, workspace)
-    ranks = agree(
-        group,
-        z0,
-        mode=mode,
-        reduce_dtype=reduce_dtype,
-        z0=z0,
-        z1=z1,
-        temperature=temperature,
-        ids=ids is not None,
-        reduction=reduction,
-        normalize=normalize,
-        by_reference=by_reference,
-    )
+    ranks = agree(group, z0, by_reference=by_reference)
     if by_reference:
         return reference.nt_xent(
             z0,

@@ -94,20 +94,7 @@ def siglip_loss(
     bias = check_number("logit_bias", logit_bias, image)
     ids = check_ids("ids", ids, image.shape[0], image)
     by_reference = is_reference(backend, image, workspace)
-    ranks = agree(
-        group,
-        image,
-        mode=mode,
-        reduce_dtype=reduce_dtype,
-        image_features=image,
-        text_features=text,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        ids=ids is not None,
-        reduction=reduction,
-        normalize=normalize,
-        by_reference=by_reference,
-    )
+    ranks = agree(group, image, by_reference=by_reference)
     if by_reference:
         return reference.siglip_loss(
             image,

@@ -72,9 +72,9 @@ def test_every_setting(
     size = len(counts)
     found = crew_of(size).run(stand_in, kind, options, counts)
     losses = torch.stack([x["loss"] for x in found])
-    assert losses.mean().item() == pytest.approx(float(expected), rel=1e-12)
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-12)
     if options.get("local_loss") is False:
-        assert losses.tolist() == pytest.approx([float(expected)] * size, rel=1e-12)
+        assert losses.tolist() == pytest.approx([expected.item()] * size, rel=1e-12)
     image, text, of_scale, of_bias = zip(*(x["grads"] for x in found), strict=True)
     torch.testing.assert_close(torch.cat(image) / size, u.grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.cat(text) / size, v.grad, rtol=1e-10, atol=1e-10)

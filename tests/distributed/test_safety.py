@@ -56,7 +56,7 @@ def then_well(options: dict[str, Any]) -> tuple[str, float]:
             {"dtype": (torch.float32, torch.bfloat16)},
             "dtype is float32 on rank 0 and bfloat16 on rank 1",
         ),
-        ({"ids": (True, False)}, "ids is True on rank 0 and False on rank 1"),
+        ({"ids": (True, False)}, "ids is a tensor on rank 0 and None on rank 1"),
         ({"reduction": ("mean", "sum")}, "reduction is mean on rank 0 and sum on rank 1"),
         ({"mode": ("ring", "gather")}, "mode is ring on rank 0 and gather on rank 1"),
         (
@@ -66,7 +66,7 @@ def then_well(options: dict[str, Any]) -> tuple[str, float]:
         ({"scale": (10.0, 14.3)}, "logit_scale is 10.0 on rank 0 and 14.3 on rank 1"),
         (
             {"grad": (True, False)},
-            "image_features is a tensor with a gradient on rank 0 and a tensor without a gradient",
+            "image_features is a tensor with a gradient on rank 0 and a tensor on rank 1",
         ),
         ({"normalize": (False, True)}, "normalize is False on rank 0 and True on rank 1"),
         ({"backend": ("reference", "torch")}, "by_reference is True on rank 0 and False on rank 1"),

@@ -65,7 +65,7 @@ def steps_alone(kind: str, counts: tuple[int, ...], steps: int) -> tuple[list[fl
         loss = losses_of(kind, model(*batch(sum(counts))), backend="reference")
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, torch.cat([p.grad.reshape(-1) for p in model.parameters()])
 
 
