@@ -100,39 +100,42 @@ class Team:
         return torch.roll(known, self.rank, dims=0)  # row 0 was this rank's
 
 
-_teams: weakref.WeakKeyDictionary[dist.ProcessGroup, Team] = weakref.WeakKeyDictionary()
+# By group, for as long as it lives: so nothing in here may hold the group itself.
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Any, timedelta]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def team_of(group: Group) -> Team:
     """The team of a process group or device mesh; every rank of it must ask."""
     group = _process_group(group)
-    team = _teams.get(group)
-    if team is None:
-        team = _teams[group] = _new_team(group)
-    return team
+    if group not in _lines:
+        _lines[group] = _new_line(group), timedelta(0, _timeout)
+    line, timeout = _lines[group]
+    return Team(group, line, dist.get_rank(group), dist.get_world_size(group), timeout)
 
 
-def _new_team(group: dist.ProcessGroup) -> Team:
+def _new_line(group: dist.ProcessGroup) -> Any:
     if not dist.is_gloo_available():
         raise RuntimeError(
             "group= needs gloo, over which ranks agree on what they compute, and this build of "
             "PyTorch is without it"
         )
-    rank, size, limit = dist.get_rank(group), dist.get_world_size(group), timedelta(0, _timeout)
     # Not dist.new_group, which all ranks of the job would have to call, and in the same order, as
     # its names are counted. These connections are the group's own.
     store = dist.PrefixStore(  # type: ignore[attr-defined]
         "fastcl", group.get_group_store()
     )
     try:
-        line = dist.ProcessGroupGloo(store, rank, size, limit)
+        return dist.ProcessGroupGloo(
+            store, dist.get_rank(group), dist.get_world_size(group), timedelta(0, _timeout)
+        )
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
         raise RankLost(
             f"group= needs every one of its ranks {ranks} in the call, and within {_timeout:g} s "
             f"not all came: {_first_line(error)}"
         ) from error
-    return Team(group, line, rank, size, limit)
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_a_group_that_is_not_the_world(crew_of: CrewOf) -> None:
     loss.backward()
     outside, *members = crew_of(3).run(in_part_of_the_world)
     assert outside is None
-    assert sum(value for value, _ in members) / 2 == pytest.approx(float(loss), rel=1e-12)
+    assert sum(value for value, _ in members) / 2 == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(torch.cat([grad for _, grad in members]) / 2, u.grad)
 
 
@@ -323,3 +325,24 @@ def test_modules(crew_of: CrewOf) -> None:
     assert crew_of(2).run(modules, "ring") == [[0.0] * 4] * 2
     again = copy.deepcopy(fastcl.losses.ClipLoss(mode="ring", reduce_dtype=torch.bfloat16))
     assert repr(again) == "ClipLoss(mode='ring', reduce_dtype=torch.bfloat16)"
+
+
+def groups_come_and_go() -> list[bool]:
+    """What is kept of a group goes with it; another one of the same ranks is new."""
+    from fastcl.distributed import team
+
+    alive = []
+    for seed in range(2):
+        group = dist.new_group([0, 1])
+        u, v = unit_rows(3, seed=seed), unit_rows(3, seed=7)
+        fastcl.clip_loss(u, v, 10.0, group=group).backward()
+        watch = weakref.ref(group)
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        alive.append(watch() is not None or len(team._lines) > 1)
+    return alive
+
+
+def test_groups_come_and_go(own_crew: Callable[..., Crew]) -> None:
+    assert own_crew(2, 30.0).run(groups_come_and_go) == [[False, False]] * 2

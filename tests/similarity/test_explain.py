@@ -70,6 +70,47 @@ def test_a_plan_for_a_gpu_needs_none() -> None:
     assert "3 x 2NMD = 19.8 TFLOP" in text
 
 
+def test_a_rank_of_several() -> None:
+    """By hand: what one of 8 ranks does for CLIP, gathered and in a ring."""
+    n, d, ranks = 4096, 512, 8
+    gather = fastcl.explain("clip_loss", n, d, world_size=ranks)
+    assert (gather.n, gather.m, gather.world_size, gather.mode) == (n, ranks * n, ranks, "gather")
+    assert gather.products == 4.0
+    assert gather.flops == 4 * 2 * n * (ranks * n) * d
+    one_way, lines = 4 * (ranks - 1) * n * d, 8 * (ranks - 1) * n
+    assert gather.sent == 2 * one_way + 2 * lines + 24 * (ranks - 1)
+    assert gather.held == 4 * ranks * n * d
+    ring = fastcl.explain("clip_loss", n, d, world_size=ranks, mode="ring")
+    assert ring.sent == gather.sent + one_way
+    assert ring.held == 4 * 2 * n * d
+    assert ring.flops == gather.flops
+    assert "8, mode ring: of one of them" in str(ring)
+    half = fastcl.explain("clip_loss", n, d, world_size=ranks, reduce_dtype=torch.bfloat16)
+    assert gather.sent - half.sent == one_way // 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "gather", "ring"),
+    [("clip_loss", 4, 4), ("siglip_loss", 3, 4), ("info_nce", 3, 4), ("nt_xent", 2, 2)],
+)
+def test_products_of_a_rank(loss: Any, gather: float, ring: float) -> None:
+    for mode, products in (("gather", gather), ("ring", ring)):
+        told = fastcl.explain(loss, 1000, 64, backend="torch", world_size=4, mode=mode)
+        assert told.products == pytest.approx(products, rel=0.1)  # NT-Xent's diagonal tiles
+
+
+def test_modes_of_a_rank() -> None:
+    told = fastcl.explain("siglip_loss", 1 << 17, 1024, dtype=torch.bfloat16, world_size=64)
+    assert told.mode == "ring"
+    assert fastcl.explain("siglip_loss", 64, 64).mode is None
+    with pytest.raises(ValueError, match="m has no meaning for a batch across ranks"):
+        fastcl.explain("info_nce", 8, 8, m=9, world_size=2)
+    with pytest.raises(ValueError, match="world_size is 0; expected a positive number of ranks"):
+        fastcl.explain("info_nce", 8, 8, world_size=0)
+    with pytest.raises(ValueError, match="mode='circle' is not known"):
+        fastcl.explain("info_nce", 8, 8, world_size=2, mode="circle")
+
+
 def test_traffic_of_one_tile_and_of_many() -> None:
     """By hand: float32 on a CPU, S written and read twice over, G written once and read twice."""
     n, d = 100, 8
