@@ -7,32 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.distributed.exchange import Segment, partner
+from fastcl.distributed.exchange import Block, Segment, partner
 from fastcl.distributed.ranks import Ranks
-from fastcl.distributed.statistics import Columns, empty_running, gather_sides, merge
+from fastcl.distributed.statistics import Columns, Sides, empty_running, merge
 from fastcl.distributed.walk import Once, RowGradients, Walk
-from fastcl.kernels.dispatch import LineGradients, LineStatistics, Needs, Stream
+from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 from fastcl.kernels.tiles import Pairs, Running
 from fastcl.kernels.walk import paired_rows
 
 
 def logsumexp(
-    stream: Stream,
-    backend: str,
-    ranks: Ranks,
-    rows: bool,
-    cols: bool,
-    own_ids: Tensor | None = None,
+    stream: Stream, backend: str, ranks: Ranks, cols: bool, own_ids: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """(row rest, column rest, positives' logits, row top, column top) of this rank's lines.
 
-    As the operator of one process, over the columns (rows) of all ranks. With v = u the columns
-    are the rows. `own_ids` drop pairs in this rank's own block, where the batch has no ids.
+    As the operator of one process, over the columns (rows) of all ranks; columns' only with `cols`.
+    With v = u the columns are the rows. `own_ids` drop pairs in this rank's own block, where the
+    batch has no ids.
     """
     walk = Walk.of(stream, backend, ranks, own_ids)
     out: tuple[Tensor, ...] = _LogSumExp.apply(  # type: ignore[no-untyped-call]
-        stream.u, stream.v, stream.scale, stream.row_bias, walk, rows, cols
+        stream.u, stream.v, stream.scale, stream.row_bias, walk, cols
     )
     return out
 
@@ -46,13 +42,12 @@ class _LogSumExp(Once):
         scale: Tensor,
         row_bias: Tensor | None,
         walk: Walk,
-        rows: bool,
         cols: bool,
     ) -> tuple[Tensor, ...]:
         ctx.device_type, ctx.gradients, ctx.walk = u.device.type, _line_gradients, walk
-        ctx.of = rows, cols
+        ctx.cols = cols
         with torch.autocast(u.device.type, enabled=False):
-            of_rows, of_cols, pairs = _statistics(walk, u, v, rows, cols)
+            of_rows, of_cols, pairs = _statistics(walk, u, v, cols)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, v, pairs.s, of_rows.max, of_rows.sum, of_cols.max, of_cols.sum)
         wide = vector_dtype(u)
@@ -63,36 +58,28 @@ class _LogSumExp(Once):
 
 
 def _statistics(
-    walk: Walk, u: Tensor, v: Tensor | None, rows: bool, cols: bool
+    walk: Walk, u: Tensor, v: Tensor | None, cols: bool
 ) -> tuple[Running, Running, Pairs]:
-    ranks, symmetric = walk.ranks, v is None
-    running = empty_running(len(u) if rows else 0, u)
-    columns = Columns(ranks, u)
-    none = u.new_zeros(len(u), dtype=accumulation_dtype(u.dtype))
-    pairs = Pairs(none, none.clone())
+    """Of this rank's rows, of its columns (none where v is u: they are rows), and its positives."""
+    rows, columns = empty_running(len(u), u), Columns(walk.ranks, u)
+    pairs = Pairs(torch.zeros_like(rows.sum), torch.zeros_like(rows.sum))
     for block, stream in walk.blocks(u, v):
-        own = block.symmetric
-        if block.empty:
-            found = LineStatistics(None, None, None)
-        else:
-            found = walk.backend.logsumexp(stream, rows, cols and not own)
+        found = LineStatistics(None, None, None)
+        if not block.empty:
+            found = walk.backend.logsumexp(stream, True, cols and not block.symmetric)
         if found.rows is not None:
-            part = merge([running[block.rows], found.rows])
-            running.max[block.rows], running.sum[block.rows] = part.max, part.sum
+            part = merge([rows[block.rows], found.rows])
+            rows.max[block.rows], rows.sum[block.rows] = part.max, part.sum
         if found.pairs is not None:
-            count = paired_rows(stream)
-            pairs.s[:count], pairs.logits[:count] = (
-                found.pairs.s[:count],
-                found.pairs.logits[:count],
-            )
-        if cols and not own:
+            here = slice(0, paired_rows(stream))
+            pairs.s[here], pairs.logits[here] = found.pairs.s[here], found.pairs.logits[here]
+        if cols and not block.symmetric:
             columns.add(block, found.cols or empty_running(len(block.keys), u))
+    none = empty_running(0, u)
     if not cols:
-        return running, empty_running(0, u), pairs
-    of_cols = columns.merged(_computed(ranks, symmetric))
-    if symmetric:
-        return merge([running, of_cols]), empty_running(0, u), pairs
-    return running, of_cols, pairs
+        return rows, none, pairs
+    of_cols = columns.merged(_computed(walk.ranks, symmetric=v is None))
+    return (merge([rows, of_cols]), none, pairs) if v is None else (rows, of_cols, pairs)
 
 
 def _computed(ranks: Ranks, symmetric: bool) -> dict[int, Segment]:
@@ -109,54 +96,53 @@ def _line_gradients(
 ) -> tuple[Any, ...]:
     walk: Walk = ctx.walk
     u, v, pair_s, *parts = ctx.saved_tensors
-    (rows, cols), symmetric = ctx.of, v is None
+    symmetric = v is None
     of_rows, of_cols = Running(*parts[:2]), Running(*parts[2:])
     needs = Needs(*ctx.needs_input_grad[:4])
     if symmetric:
         needs = needs._replace(v=needs.u)
-    g_rows = torch.zeros_like(pair_s, dtype=vector_dtype(u)) if g_rows is None else g_rows
-    g_cols = torch.zeros_like(g_rows) if g_cols is None else g_cols
-    # A column's gradient is known to its owner, and wanted by all: the rank that computed a part.
-    lines = (of_rows, g_rows) if symmetric else (of_cols, g_cols)
-    sides = gather_sides(*lines, walk.ranks) if cols else None
-    total = RowGradients(walk.stream, needs)
-    store = accumulation_dtype(u.dtype)
+    zero = torch.zeros_like(pair_s, dtype=vector_dtype(u))
+    g_rows = zero if g_rows is None else g_rows.contiguous()
+    sides = None
+    if ctx.cols:
+        # A column's gradient is known to its owner, and wanted by all who computed a part of it.
+        g_cols = g_rows if symmetric else zero if g_cols is None else g_cols
+        sides = Sides(of_rows if symmetric else of_cols, g_cols, walk.ranks)
+    grads = LineGradients(rows=g_rows, pairs=g_pairs)
+    total, store = RowGradients(walk.stream, needs), accumulation_dtype(u.dtype)
     for block, stream in walk.blocks(u, v):
-        keys = block.keys.new_zeros(block.keys.shape, dtype=store) if block.empty else None
-        if not block.empty:
-            col_side, col_grad = (None, None)
-            if sides is not None and not block.symmetric:
-                of_block = [
-                    (sides[c.rank][0][c.rows], sides[c.rank][1][c.rows]) for c in block.cols
-                ]
-                col_side = Running(
-                    torch.cat([x.max for x, _ in of_block]), torch.cat([x.sum for x, _ in of_block])
-                )
-                col_grad = torch.cat([g for _, g in of_block])
-            own = stream.diagonal is not None
+        if block.empty:
+            found = Gradients(v=torch.zeros_like(block.keys, dtype=store))
+        else:
+            side = None if block.symmetric else sides
+            statistics, incoming = _of_block(block, stream, of_rows, pair_s, grads, side)
             found = walk.backend.logsumexp_backward(
-                stream,
-                LineStatistics(
-                    of_rows[block.rows] if rows else None,
-                    col_side,
-                    Pairs(pair_s, pair_s) if own else None,
-                ),
-                LineGradients(
-                    g_rows[block.rows].contiguous() if rows else None,
-                    col_grad,
-                    g_pairs if own else None,
-                ),
-                needs,
-                store=store,
+                stream, statistics, incoming, needs, store=store
             )
             total.add(block, found)
-            keys = found.v
-        if needs.v and not block.symmetric:
-            assert keys is not None
-            walk.exchange.give(block, keys)
+        if found.v is not None and needs.v and not block.symmetric:
+            walk.exchange.give(block, found.v)
     keys = None
-    if needs.v and symmetric:  # the keys' gradients from other ranks are this rank's rows'
+    if needs.v and symmetric:  # what others found for their keys is added to this rank's rows
         walk.exchange.collect(total.u)
     elif needs.v:
         keys = walk.exchange.collect()
-    return (*total.finish(keys), None, None, None)
+    return (*total.finish(keys), None, None)
+
+
+def _of_block(
+    block: Block,
+    stream: Stream,
+    rows: Running,
+    pair_s: Tensor,
+    grads: LineGradients,
+    sides: Sides | None,
+) -> tuple[LineStatistics, LineGradients]:
+    """Statistics and incoming gradients of a block's lines, and of positives if it has them."""
+    cols, of_cols = (None, None) if sides is None else sides.of(block)
+    pairs, of_pairs = None, None
+    if stream.diagonal is not None:
+        pairs, of_pairs = Pairs(pair_s, pair_s), grads.pairs
+    assert grads.rows is not None
+    incoming = LineGradients(grads.rows[block.rows], of_cols, of_pairs)
+    return LineStatistics(rows[block.rows], cols, pairs), incoming

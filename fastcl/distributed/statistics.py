@@ -73,16 +73,17 @@ class Columns:
         return merge(parts)
 
 
-def gather_sides(running: Running, gradient: Tensor, ranks: Ranks) -> list[tuple[Running, Tensor]]:
-    """Everyone's lines as the backward wants them, by rank: their maxima, and weights over sums.
+class Sides:
+    """Everyone's lines as the backward wants them: their maxima, and gradients over their sums."""
 
-    Packed as running logsumexps whose sums are 1, beside gradients that are divided already.
-    """
-    side = running.side(gradient)
-    rows = gather_rows(torch.stack([side.max, side.weight], dim=1), ranks)
-    sides = []
-    for part in torch.split(rows, list(ranks.counts)):
-        top, weight = part.contiguous().unbind(1)
-        top, weight = top.contiguous(), weight.contiguous()
-        sides.append((Running(top, torch.ones_like(top)), weight.to(gradient.dtype)))
-    return sides
+    def __init__(self, running: Running, gradient: Tensor, ranks: Ranks) -> None:
+        side = running.side(gradient)
+        self._ranks = ranks
+        self._lines = gather_rows(torch.stack([side.max, side.weight], dim=1), ranks)
+
+    def of(self, block: Block) -> tuple[Running, Tensor]:
+        """Of a block's columns: logsumexps whose sums are 1, for gradients that are divided."""
+        parts = [self._lines[self._ranks.rows_of(c.rank)][c.rows] for c in block.cols]
+        top, weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).unbind(1)
+        top = top.contiguous()
+        return Running(top, torch.ones_like(top)), weight.to(vector_dtype(weight))

@@ -108,9 +108,7 @@ def _statistics_across(args: Arguments, dim: Dim, ranks: Ranks, local_ids: bool)
     if local_ids:
         args = args._replace(row_ids=None, col_ids=None)
     if args.v is None:
-        rest, _, logits, top, _ = softmax.logsumexp(
-            args.stream, args.backend, ranks, True, True, own_ids
-        )
+        rest, _, logits, top, _ = softmax.logsumexp(args.stream, args.backend, ranks, True, own_ids)
         both = LogSumExp(top, rest)
         return Statistics(both, both, logits)
     # The tower that is sent is the one without a gradient, if there is one: none goes back.
@@ -118,7 +116,7 @@ def _statistics_across(args: Arguments, dim: Dim, ranks: Ranks, local_ids: bool)
     if swap:
         args = args._replace(u=args.keys, v=args.u)
     rest, col_rest, logits, top, col_top = softmax.logsumexp(
-        args.stream, args.backend, ranks, True, dim == "both"
+        args.stream, args.backend, ranks, dim == "both"
     )
     rows, cols = LogSumExp(top, rest), LogSumExp(col_top, col_rest)
     return Statistics(cols, rows, logits) if swap else Statistics(rows, cols, logits)
