@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastcl.distributed.errors import RankFailed, RankLost, RanksDisagree
@@ -96,6 +97,9 @@ class Meeting:
                 f"{self.what}: the batch is empty on all {self.team.size} ranks; expected at least "
                 "one row on one of them: skip the step"
             )
+        if 0 in counts and not embeddings.is_cpu:
+            # A rank without rows sends nothing, and NCCL's first transfer needs all ranks.
+            dist.all_reduce(embeddings.new_zeros(1), group=self.team.group)
         mode = choose_mode(mode, dim * sum(counts), dtype, on)
         return Ranks(self.team, counts, mode, reduce_dtype)
 
