@@ -71,7 +71,7 @@ class Team:
         """Says in plain words what a lost connection or a timeout in there means."""
         try:
             yield
-        except (RankFailed, RankLost, RanksDisagree):
+        except (RankFailed, RankLost, RanksDisagree, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # all that torch.distributed raises
             raise RankLost(

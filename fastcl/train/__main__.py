@@ -9,16 +9,30 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from fastcl._version import __version__
-from fastcl.train import run
-from fastcl.train.config import PRECISIONS, Config, Interrupted, TrainError
+from fastcl.distributed import RankLost
+from fastcl.train import processes, run
+from fastcl.train.config import PRECISIONS, Config, Interrupted, ProcessLost, Stopped, TrainError
 from fastcl.train.data import DATASETS
 from fastcl.train.display import accuracy_table
 from fastcl.train.methods import METHODS
 from fastcl.train.run import Outcome
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class OnEveryProcess(TyperGroup):
+    """The commands, on one process or on each of several."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Parse the command line and run what it asks for."""
+        with processes.command():
+            return super().main(*args, **options)
+
+
+app = typer.Typer(
+    cls=OnEveryProcess, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -82,6 +96,8 @@ def train_command(
     console = Console()
     try:
         outcome = _train_or_resume(out, folder, options, console)
+    except (ProcessLost, Stopped, RankLost) as error:  # of several processes: each survivor tells
+        processes.end_at_once(f"error: {error}", getattr(error, "exit_code", 1))
     except TrainError as error:
         prefix = "" if isinstance(error, Interrupted) else "error: "
         typer.echo(prefix + str(error), err=True)
@@ -92,13 +108,16 @@ def train_command(
 def _train_or_resume(
     out: Path | None, folder: Path | None, options: dict[str, Any], console: Console
 ) -> Outcome:
-    if folder is None:
-        return run.train(run.new_config(**options), out, console)
-    if out is not None:
-        raise TrainError(
-            f"--out {out} clashes with --resume {folder}, which goes on in its own folder: "
-            "leave one of them out"
-        )
+    with processes.join().together():
+        config = run.new_config(**options) if folder is None else None
+        if folder is not None and out is not None:
+            raise TrainError(
+                f"--out {out} clashes with --resume {folder}, which goes on in its own folder: "
+                "leave one of them out"
+            )
+    if config is not None:
+        return run.train(config, out, console)
+    assert folder is not None
     return run.resume(folder, console, **options)
 
 

@@ -27,10 +27,28 @@ class LossLost(TrainError):
     exit_code = 1
 
 
+class FailedElsewhere(TrainError):
+    """Another process of the run raised what is no TrainError; it shows its own traceback."""
+
+    exit_code = 1
+
+
+class ProcessLost(TrainError):
+    """Another process of the run has died or failed in the middle of it."""
+
+    exit_code = 1
+
+
 class Interrupted(TrainError):
     """The user stopped the run with Ctrl-C."""
 
     exit_code = 130  # what shells report for SIGINT
+
+
+class Stopped(Interrupted):
+    """The launcher of several processes stopped this one."""
+
+    exit_code = 143  # what shells report for SIGTERM
 
 
 @dataclass(frozen=True)
@@ -91,11 +109,16 @@ def check_numbers(config: Config) -> None:
         raise TrainError(f"--weight-decay {config.weight_decay}: expected a number of at least 0")
 
 
-def check_batch_size(batch_size: int, train_size: int) -> None:
-    """A batch needs a negative, and must fit the training set at least once."""
+def check_batch_size(batch_size: int, train_size: int, processes: int = 1) -> None:
+    """A batch needs a negative and an image for each process, and must fit the training set."""
     if not 2 <= batch_size <= train_size:
         raise TrainError(
             f"--batch-size {batch_size}: expected 2 to {train_size}, the number of training images"
+        )
+    if batch_size < processes:
+        raise TrainError(
+            f"--batch-size {batch_size} with {processes} processes, among which it is split: "
+            f"expected at least {processes}; start fewer processes, or give a larger batch"
         )
 
 

@@ -63,6 +63,15 @@ class Batch:
     tokens: Tensor | None
     ids: Tensor  # the class: captions of one class mean the same, so they are no negatives
 
+    def part(self, rank: int, size: int) -> Batch:
+        """The rows of one of `size` processes, in order; the first may have one more."""
+
+        def own(x: Tensor) -> Tensor:
+            return x.tensor_split(size)[rank]
+
+        tokens = None if self.tokens is None else own(self.tokens)
+        return Batch(tuple(own(view) for view in self.views), tokens, own(self.ids))
+
 
 class Batches:
     """Shuffled training batches, an epoch at a time; the last incomplete batch is left out.

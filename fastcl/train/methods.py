@@ -1,7 +1,8 @@
 """The methods: each owns its modules and turns a batch into a loss and a few numbers to log.
 
 To add one, write a class with `@register("name")` whose `forward` takes a `Batch`; the class
-attributes say what it needs of the data. Nothing else has to change.
+attributes say what it needs of the data. A loss that is given `group=self.group` also runs over
+several processes. Nothing else has to change.
 """
 
 from __future__ import annotations
@@ -20,18 +21,28 @@ from fastcl import clip_loss, info_nce, nt_xent, siglip_loss
 from fastcl.train.captions import Captions
 from fastcl.train.config import Config
 from fastcl.train.data import Batch, Dataset
-from fastcl.train.diagnostics import cross_similarities, two_view_similarities
+from fastcl.train.diagnostics import PairSums, cross_sums, two_view_sums
 from fastcl.train.encoders import ImageEncoder, ProjectionHead, TextEncoder
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The loss, and 0-dim tensors to log, which are read from the device only now and then."""
+    """The loss, and 0-dim tensors to log, which are read from the device only now and then.
+
+    Of several processes each has the numbers of its rows: `pairs` says how to make those of the
+    whole batch of them, and without it their means are logged.
+    """
 
     loss: Tensor
     scale: Tensor
     positive_similarity: Tensor
     negative_similarity: Tensor
+    pairs: PairSums | None = None
+
+    @classmethod
+    def of(cls, loss: Tensor, scale: Tensor, pairs: PairSums) -> StepOutput:
+        """With the similarities of these pairs."""
+        return cls(loss, scale, *pairs.means(), pairs)
 
 
 class Method(nn.Module, ABC):
@@ -40,6 +51,7 @@ class Method(nn.Module, ABC):
     views: ClassVar[int]  # augmented views of each image in a batch
     captions: ClassVar[bool] = False  # whether a batch also has a caption of each image
     defaults: ClassVar[dict[str, Any]]  # settings where this method differs from Config's
+    group: Any = None  # of the processes over which a batch is spread: every loss takes it
 
     def __init__(self, config: Config, dataset: Dataset, captions: Captions | None) -> None:
         super().__init__()
@@ -107,8 +119,14 @@ class SimCLR(TwoViews):
 
     def forward(self, batch: Batch) -> StepOutput:
         z0, z1 = self.embed_views(batch)
-        loss = nt_xent(z0, z1, temperature=self.config.temperature, backend=self.config.backend)
-        return StepOutput(loss, self.scale, *two_view_similarities(z0, z1))
+        loss = nt_xent(
+            z0,
+            z1,
+            temperature=self.config.temperature,
+            group=self.group,
+            backend=self.config.backend,
+        )
+        return StepOutput.of(loss, self.scale, two_view_sums(z0, z1))
 
 
 @register("infonce")
@@ -124,9 +142,10 @@ class InfoNCE(TwoViews):
             key,
             temperature=self.config.temperature,
             symmetric=True,
+            group=self.group,
             backend=self.config.backend,
         )
-        return StepOutput(loss, self.scale, *cross_similarities(query, key))
+        return StepOutput.of(loss, self.scale, cross_sums(query, key))
 
 
 class ImageText(Method):
@@ -155,8 +174,8 @@ class ImageText(Method):
         text = self.embed(self.text_network, batch.tokens)
         scale = self.log_scale.exp()
         loss = self.loss(image, text, scale, batch.ids)
-        similarities = cross_similarities(image, text, batch.ids, self.num_ids)
-        return StepOutput(loss, scale.detach(), *similarities)
+        pairs = cross_sums(image, text, batch.ids, self.num_ids)
+        return StepOutput.of(loss, scale.detach(), pairs)
 
     def after_step(self) -> None:
         with torch.no_grad():
@@ -177,7 +196,8 @@ class Clip(ImageText):
     defaults: ClassVar[dict[str, Any]] = {"temperature": 0.07}
 
     def loss(self, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-        return clip_loss(image, text, scale, ids=ids, backend=self.config.backend)
+        backend = self.config.backend
+        return clip_loss(image, text, scale, ids=ids, group=self.group, backend=backend)
 
 
 @register("siglip")
@@ -191,8 +211,15 @@ class SigLip(ImageText):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
     def loss(self, image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-        backend = self.config.backend
-        return siglip_loss(image, text, scale, self.logit_bias, ids=ids, backend=backend)
+        return siglip_loss(
+            image,
+            text,
+            scale,
+            self.logit_bias,
+            ids=ids,
+            group=self.group,
+            backend=self.config.backend,
+        )
 
 
 def build_method(config: Config, dataset: Dataset, captions: Captions | None) -> Method:

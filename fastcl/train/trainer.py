@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcl.train.captions import Captions
 from fastcl.train.checkpoints import save_checkpoint
@@ -17,6 +18,7 @@ from fastcl.train.data import Batch, Batches, Dataset
 from fastcl.train.evaluation import encoder_split, knn_accuracy
 from fastcl.train.folder import RunFolder
 from fastcl.train.methods import Method, StepOutput, build_method
+from fastcl.train.processes import ALONE, Processes, whole_batches
 
 WARMUP = 0.1  # the part of all steps over which the learning rate rises
 READ_EVERY = 16  # at most so many steps between two reads of the losses from the device
@@ -45,7 +47,8 @@ def make_optimizer(method: Method, config: Config) -> torch.optim.AdamW:
 class Trainer:
     """A method, its optimizer and its stream of batches; `state` holds all of them.
 
-    Seeds torch's global generator, from which the augmentation draws.
+    Seeds torch's global generator, from which the augmentation draws. With several processes all
+    of it is the same on each, but for the rows that a step takes; the first alone writes.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class Trainer:
         captions: Captions | None,
         folder: RunFolder,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.dataset, self.captions = config, dataset, captions
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.processes = folder, device, processes
         self.method = build_method(config, dataset, captions).to(device)
+        self.model: nn.Module = processes.spread(self.method, device)
         self.batches = Batches(
             dataset, config.batch_size, views=self.method.views, captions=captions,
             seed=config.seed, device=device,
@@ -79,7 +84,7 @@ class Trainer:
         while self.epoch < self.config.epochs:
             self._last_read = time.perf_counter()
             for batch in self.batches.epoch():
-                output = self.train_step(batch)
+                output = self.train_step(self.processes.own(batch))
                 self._unread.append((self.step, self._learning_rate(), output))
                 on_step()
                 if len(self._unread) == READ_EVERY:
@@ -95,17 +100,16 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepOutput:
         """One step of the optimizer. Nothing here waits for the device."""
         self._set_learning_rate()
-        output: StepOutput = self.method(batch)
+        output: StepOutput = self.model(batch)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.method.after_step()
         self.step += 1
-        return StepOutput(
-            output.loss.detach(),
-            output.scale.detach().clone(),  # it may be a parameter, which the next step changes
-            output.positive_similarity,
-            output.negative_similarity,
+        return replace(
+            output,
+            loss=output.loss.detach(),
+            scale=output.scale.detach().clone(),  # it may be a parameter: the next step changes it
         )
 
     def _set_learning_rate(self) -> None:
@@ -119,7 +123,10 @@ class Trainer:
 
     def _read(self) -> Row:
         """Fetch the pending numbers in one transfer, log them, and refuse a loss that is lost."""
-        values = torch.stack([_stacked(output) for _, _, output in self._unread]).tolist()
+        outputs = [output for _, _, output in self._unread]
+        if not self.processes.alone:
+            outputs = whole_batches(outputs, self.config.batch_size, self.method.group)
+        values = torch.stack([_stacked(output) for output in outputs]).tolist()
         now = time.perf_counter()
         rate = len(self._unread) * self.config.batch_size / (now - self._last_read)
         rows: list[Row] = []
@@ -130,10 +137,14 @@ class Trainer:
                 break
             rows.append(self._row(step, lr, numbers, rate))
         self._unread, self._last_read = [], now
-        self.folder.append(rows)
+        self._log(rows)
         if lost is not None:
             raise self._lost("loss", lost)
         return rows[-1]
+
+    def _log(self, rows: list[Row]) -> None:
+        if self.processes.first:
+            self.folder.append(rows)
 
     def _check_weights(self) -> None:
         """A bad gradient in the last step shows in no loss yet, and must not reach a checkpoint."""
@@ -164,14 +175,16 @@ class Trainer:
     def _evaluate_now_and_then(self) -> None:
         """A curve to look at; nothing is chosen by it."""
         every = max(1, self.config.epochs // EVALUATIONS)
-        if self.epoch % every == 0 or self.epoch == self.config.epochs:
+        due = self.epoch % every == 0 or self.epoch == self.config.epochs
+        if due and self.processes.first:
             accuracy = knn_accuracy(encoder_split(self.method.encoder, self.dataset))
             row = {"event": "eval", "step": self.step, "epoch": self.epoch, "knn": accuracy}
-            self.folder.append([row])
+            self._log([row])
 
     def save(self) -> None:
         """Write the checkpoint."""
-        save_checkpoint(self.folder.checkpoint, self.state())
+        if self.processes.first:
+            save_checkpoint(self.folder.checkpoint, self.state())
         self.saved_epoch = self.epoch
 
     def state(self) -> dict[str, Any]:
@@ -195,7 +208,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.saved_epoch = self.epoch
-        self.folder.rewind(self.step)
+        if self.processes.first:
+            self.folder.rewind(self.step)
         self.batches.generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
