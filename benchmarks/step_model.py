@@ -173,7 +173,7 @@ def table(loss: str) -> str:
     narrow = (step for _, step in steps(loss, BFLOAT16))
     for (name, step), thin in zip(steps(loss, FLOAT32), narrow, strict=True):
         cost, parts = step.cost, step.parts
-        chosen = choose_mode("auto", cost.ranks * cost.rows * DIM, torch.bfloat16, True)
+        chosen = choose_mode("auto", cost.ranks * cost.rows, DIM, cost.ranks, torch.bfloat16, True)
         held = step.held() / 1e9
         lines.append(
             [

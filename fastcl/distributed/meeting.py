@@ -100,7 +100,7 @@ class Meeting:
         if 0 in counts and not embeddings.is_cpu:
             # A rank without rows sends nothing, and NCCL's first transfer needs all ranks.
             dist.all_reduce(embeddings.new_zeros(1), group=self.team.group)
-        mode = choose_mode(mode, dim * sum(counts), dtype, on)
+        mode = choose_mode(mode, sum(counts), dim, self.team.size, dtype, on)
         return Ranks(self.team, counts, mode, reduce_dtype)
 
     def agree_on_rows(self, rows: int, **facts: Any) -> tuple[int, ...]:

@@ -15,8 +15,12 @@ MODES = ("auto", "gather", "ring")
 Mode = Literal["auto", "gather", "ring"]
 REDUCE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
+# "auto" sends blocks round a ring where the other tower with its gradient is larger than this, in
+# bytes. With few rows on a rank much larger: products of small blocks do not hide transfers
+# (docs/scaling.md).
 GATHERED_LIMIT = 2 << 30
-"""Bytes of a gathered tower and of its gradient, above which "auto" sends blocks round a ring."""
+GATHERED_LIMIT_OF_FEW = 16 << 30
+FEW_ROWS = 4096
 
 
 def check_options(mode: str, reduce_dtype: torch.dtype | None) -> None:
@@ -35,15 +39,16 @@ def gathered_bytes(elements: int, dtype: torch.dtype, grad: bool) -> int:
     return elements * (dtype.itemsize + (accumulation_dtype(dtype).itemsize if grad else 0))
 
 
-def choose_mode(mode: str, elements: int, dtype: torch.dtype, grad: bool) -> str:
-    """ "gather" or "ring", for a whole tower of so many numbers.
+def choose_mode(mode: str, rows: int, dim: int, ranks: int, dtype: torch.dtype, grad: bool) -> str:
+    """The mode for so many rows of all ranks: as given, and for "auto" by their size.
 
-    Gathering sends less (a ring sends its blocks again in the backward) and multiplies larger
-    matrices; a ring holds two blocks.
+    Gathering sends less (a ring sends its blocks again in the backward), in fewer messages, and
+    multiplies larger matrices; a ring holds two blocks.
     """
     if mode != "auto":
         return mode
-    return "gather" if gathered_bytes(elements, dtype, grad) <= GATHERED_LIMIT else "ring"
+    limit = GATHERED_LIMIT if rows >= FEW_ROWS * ranks else GATHERED_LIMIT_OF_FEW
+    return "gather" if gathered_bytes(rows * dim, dtype, grad) <= limit else "ring"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcl.distributed.ranks import Ranks
 from fastcl.distributed.walk import Once, RowGradients, Walk
-from fastcl.kernels.dispatch import LineGradients, Needs, Stream
+from fastcl.kernels.dispatch import Gradients, LineGradients, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 from fastcl.kernels.walk import paired_rows
 
@@ -52,13 +52,13 @@ def _row_gradients(ctx: Any, g_rows: Tensor, g_pairs: Tensor) -> tuple[Any, ...]
     needs, store = Needs(*ctx.needs_input_grad[:4]), accumulation_dtype(u.dtype)
     total = RowGradients(walk.stream, needs)
     for block, stream in walk.blocks(u, v):
-        keys: Tensor | None = torch.zeros_like(block.keys, dtype=store)
-        if not block.empty:
+        if block.empty:
+            found = Gradients(v=torch.zeros_like(block.keys, dtype=store))
+        else:
             own = stream.diagonal is not None
             grads = LineGradients(rows=g_rows.contiguous(), pairs=g_pairs if own else None)
             found = walk.backend.sigmoid_rows_backward(stream, pair_s, grads, needs, store=store)
             total.add(block, found)
-            keys = found.v
-        if needs.v and keys is not None:
-            walk.exchange.give(block, keys)
+        if found.v is not None and needs.v:
+            walk.exchange.give(block, found.v)
     return (*total.finish(walk.exchange.collect() if needs.v else None), None)

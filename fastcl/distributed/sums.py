@@ -48,13 +48,14 @@ class _Sum(Once):
         sigmoid: bool,
         needs: Needs,
     ) -> Tensor:
-        ctx.device_type, ctx.gradients, ctx.walk = u.device.type, _sum_gradients, walk
+        ctx.device_type, ctx.gradients, ctx.ranks = u.device.type, _sum_gradients, walk.ranks
         with torch.autocast(u.device.type, enabled=False):
             total = u.new_zeros((), dtype=accumulation_dtype(u.dtype))
             ctx.rows = RowGradients(walk.stream, needs)
             for block, stream in walk.blocks(u, v):  # one: all columns
-                keys = torch.zeros_like(block.keys, dtype=total.dtype) if needs.v else None
-                if not block.empty:
+                if block.empty:
+                    keys = torch.zeros_like(block.keys, dtype=total.dtype) if needs.v else None
+                else:
                     if sigmoid:
                         value, found = walk.backend.sigmoid_sum(stream, 1, needs)
                     else:
@@ -69,5 +70,5 @@ class _Sum(Once):
 def _sum_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, keys = ctx.saved_tensors
     if keys is not None:
-        keys = sum_to_owners(keys * grad, ctx.walk.ranks)
+        keys = sum_to_owners(keys * grad, ctx.ranks)
     return (*ctx.rows.finish(keys, grad), None, None, None)

@@ -146,7 +146,7 @@ def explain(
     budget = check_workspace(workspace, dispatch.get(backend).default_workspace)
     rows = 2 * n if loss == "nt_xent" else n
     if world_size > 1:
-        mode = choose_mode(mode, world_size * rows * d, dtype, True)
+        mode = choose_mode(mode, world_size * n, d, world_size, dtype, True)
     kind = Kind(loss, one_pass=loss in ("info_nce", "siglip_loss") and mode != "ring")
     # Rows and columns of this rank's blocks: one, or one for each rank.
     blocks = [(rows, m or rows, loss == "nt_xent")]

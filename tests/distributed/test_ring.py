@@ -186,10 +186,12 @@ def test_every_pair_of_ranks_meets_once(size: int) -> None:
 def test_auto_goes_by_size() -> None:
     from fastcl.distributed.ranks import choose_mode
 
-    def chosen(n: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> str:
-        return choose_mode("auto", n * 768, dtype, grad)
+    def chosen(n: int, ranks: int = 64, grad: bool = True) -> str:
+        return choose_mode("auto", n, 768, ranks, torch.bfloat16, grad)
 
     assert chosen(65_536) == "gather"
     assert chosen(1 << 20) == "ring"
+    assert chosen(1 << 20, ranks=1024) == "gather"  # blocks of 1,024 rows hide nothing
+    assert chosen(1 << 24, ranks=8192) == "ring"  # 77 GB
     assert chosen(1 << 20, grad=False) == "gather"  # 1.6 GB of rows, and no gradient
-    assert choose_mode("ring", 1, torch.float32, True) == "ring"
+    assert choose_mode("ring", 1, 1, 1, torch.float32, True) == "ring"
