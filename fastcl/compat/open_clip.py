@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcl import functional
 from fastcl.distributed import sum_over_ranks
+from fastcl.distributed.meeting import Meeting
 from fastcl.distributed.ranks import Mode
 from fastcl.losses.common import Loss
 
@@ -41,6 +42,7 @@ class _OpenClipLoss(Loss):
             )
         self.cache_labels = cache_labels
         self.rank = rank
+        self._checked = False
         self.world_size = world_size
 
     def call_options(self) -> dict[str, Any]:
@@ -48,6 +50,12 @@ class _OpenClipLoss(Loss):
         return {**self.options, "group": self._world() if self.world_size > 1 else None}
 
     def _world(self) -> Any:
+        if not self._checked:  # once: on all ranks, or one that is told another rank leaves alone
+            self._check_world()
+            self._checked = True
+        return dist.group.WORLD
+
+    def _check_world(self) -> None:
         given = self.rank, self.world_size
         if not dist.is_initialized():
             raise RuntimeError(
@@ -55,12 +63,13 @@ class _OpenClipLoss(Loss):
                 "initialized: call torch.distributed.init_process_group() first"
             )
         found = dist.get_rank(), dist.get_world_size()
-        if found != given:
-            raise ValueError(
-                f"rank={given[0]}, world_size={given[1]}, but torch.distributed says "
-                f"rank={found[0]}, world_size={found[1]}: pass these"
-            )
-        return dist.group.WORLD
+        with Meeting(dist.group.WORLD, type(self).__name__) as meeting:
+            if found != given:
+                raise ValueError(
+                    f"rank={given[0]}, world_size={given[1]}, but torch.distributed says "
+                    f"rank={found[0]}, world_size={found[1]}: pass these"
+                )
+            meeting.agree_on_rows(0)
 
     def extra_repr(self) -> str:
         """The rank, where there are several, and the options that differ from their defaults."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,10 @@ from torch import Tensor
 from fastcl.distributed.ranks import Ranks
 from fastcl.kernels.dtypes import accumulation_dtype
 
-# PyTorch 2.13 has new names for these two; 2.11 has only the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+def _named(new: str, old: str) -> Any:
+    """A collective by its name of PyTorch 2.13, or the one it had until then."""
+    return getattr(dist, new, None) or getattr(dist, old)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -24,53 +26,71 @@ def _bytes(x: Tensor) -> Tensor:
 
 def gather_rows(x: Tensor, ranks: Ranks) -> Tensor:
     """Everyone's rows [n_r, ...], rank by rank: [N, ...]. No gradient."""
-    most, counts = max(ranks.counts), ranks.counts
-    even = min(counts) == most
-    padded = x if even else x.new_zeros(most, *x.shape[1:])
-    if not even:
-        padded[: len(x)] = x
-    out = x.new_empty(ranks.size * most, *x.shape[1:])
+    out, x = x.new_empty(ranks.total, *x.shape[1:]), x.contiguous()
+    group = ranks.team.group
     with ranks.team.watched("gathering rows"):
-        work = _all_gather(_bytes(out), _bytes(padded), group=ranks.team.group, async_op=True)
-        ranks.team.wait(work, out)
-    if even:
-        return out
-    return torch.cat([out[most * s : most * s + n] for s, n in enumerate(counts)])
+        if min(ranks.counts) == max(ranks.counts):
+            gather = _named("all_gather_single", "all_gather_into_tensor")
+            works = [gather(_bytes(out), _bytes(x), group=group, async_op=True)]
+        else:  # each rank's straight to where they belong: nothing is padded
+            parts = [out[ranks.rows_of(s)] for s in range(ranks.size)]
+            parts[ranks.rank].copy_(x)
+            others = [s for s in range(ranks.size) if s != ranks.rank]
+            works = _transfer([(x, s) for s in others], [(parts[s], s) for s in others], ranks)
+        for work in works:
+            ranks.team.wait(work, out)
+    return out
 
 
-def send_to_owners(x: Tensor, sent: list[int], came: list[int], ranks: Ranks) -> list[Tensor]:
-    """Consecutive rows of x, sent[s] of them to rank s; what came, came[s] rows from rank s."""
+def _transfer(
+    sent: list[tuple[Tensor, int]], rooms: list[tuple[Tensor, int]], ranks: Ranks
+) -> list[dist.Work]:
+    """Starts sending to ranks, and filling rooms from ranks; nothing empty is sent."""
+    group = ranks.team.group
+    operations = [
+        dist.P2POp(how, _bytes(x), group=group, group_peer=peer)
+        for how, some in ((dist.isend, sent), (dist.irecv, rooms))
+        for x, peer in some
+        if x.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def send_to_owners(x: Tensor, sent: list[int], came: list[int], ranks: Ranks) -> Tensor:
+    """Consecutive rows of x, sent[s] of them to rank s; what came, came[s] rows from rank s on."""
     out = x.new_empty(sum(came), *x.shape[1:])
     with ranks.team.watched("exchanging rows"):
         work = dist.all_to_all_single(
             _bytes(out), _bytes(x), came, sent, group=ranks.team.group, async_op=True
         )
         ranks.team.wait(work, out)
-    return list(torch.split(out, came))
+    return out
 
 
-def sum_to_owners(x: Tensor, ranks: Ranks) -> Tensor:
-    """Reduce-scatter of rows [N, ...]: the sum over ranks of this rank's rows, [n_r, ...].
+def sum_to_owners(x: Tensor, ranks: Ranks, factor: Tensor | None = None) -> Tensor:
+    """Reduce-scatter of rows [N, ...], times `factor`: the sum over ranks of this rank's rows.
 
     Sums are in the dtype of x, in the order of the ranks, however it is sent (`reduce_dtype`): each
     number is then rounded once. On a GPU, sums of even batches as they are sent are NCCL's own.
     """
     counts, dtype = list(ranks.counts), ranks.reduce_dtype or x.dtype
     even, group = min(counts) == max(counts), ranks.team.group
+    x = x.contiguous()
+    if factor is not None:  # in the dtype that is sent at once: no copy in another
+        wire = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    else:
+        wire = x.to(dtype)
     if dtype == x.dtype and even and not x.is_cpu:
         out = x.new_empty(counts[0], *x.shape[1:])
+        scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
         with ranks.team.watched("summing rows"):
-            ranks.team.wait(_reduce_scatter(out, x, group=group, async_op=True), out)
+            ranks.team.wait(scatter(out, wire, group=group, async_op=True), out)
         return out
-    own = [counts[ranks.rank]] * ranks.size
-    return total(send_to_owners(x.to(dtype), counts, own, ranks), x.dtype)
-
-
-def total(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Their sum in that dtype, in order."""
-    out = parts[0].to(dtype, copy=True)
-    for part in parts[1:]:
-        out += part
+    own = counts[ranks.rank]
+    came = send_to_owners(wire, counts, [own] * ranks.size, ranks)
+    out = came[:own].to(x.dtype, copy=True)
+    for s in range(1, ranks.size):
+        out += came[s * own : (s + 1) * own]
     return out
 
 
@@ -80,7 +100,7 @@ class Transfer:
 
     ranks: Ranks
     works: list[dist.Work]
-    held: tuple[Tensor | None, ...]  # memory that is being read or written
+    held: tuple[Tensor, ...]  # memory that is being read or written
     came: Tensor
 
     def wait(self) -> Tensor:
@@ -92,17 +112,12 @@ class Transfer:
         return self.came
 
 
-def pass_on(x: Tensor | None, to: int, room: Tensor, origin: int, ranks: Ranks) -> Transfer:
-    """Starts sending x to one rank and filling `room` from another; nothing empty is sent."""
-    group, operations, sent = ranks.team.group, [], x
-    if x is not None and x.numel() and to != ranks.rank:
-        sent = _bytes(x)
-        operations.append(dist.P2POp(dist.isend, sent, group=group, group_peer=to))
-    if room.numel() and origin != ranks.rank:
-        operations.append(dist.P2POp(dist.irecv, _bytes(room), group=group, group_peer=origin))
+def pass_on(x: Tensor, to: int, room: Tensor, origin: int, ranks: Ranks) -> Transfer:
+    """Starts sending x to one rank and filling `room` from another."""
+    x = x.contiguous()
     with ranks.team.watched("passing on a block"):
-        works = dist.batch_isend_irecv(operations) if operations else []
-    return Transfer(ranks, works, (sent, room), room)
+        works = _transfer([(x, to)], [(room, origin)], ranks)
+    return Transfer(ranks, works, (x, room), room)
 
 
 def wire_dtype(dtype: torch.dtype, ranks: Ranks) -> torch.dtype:

@@ -56,7 +56,13 @@ class Block:
 
 
 class Exchange(Protocol):
-    """Brings blocks. What it holds between forward and backward, it holds itself."""
+    """Brings blocks.
+
+    `kept`: what it holds of other ranks' rows between forward and backward. Autograd keeps that
+    with what else it saves, and frees it with that.
+    """
+
+    kept: tuple[Tensor, ...]
 
     def blocks(self, own: Tensor) -> Iterator[Block]:
         """The blocks of this rank, given its own rows of the other tower."""
@@ -83,17 +89,16 @@ class AllGather:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._keys: Tensor | None = None
+        self.kept: tuple[Tensor, ...] = ()
         self._sum: Tensor | None = None
 
     def blocks(self, own: Tensor) -> Iterator[Block]:
         """One block, of everyone's rows."""
         ranks = self._ranks
-        if self._keys is None:
-            self._keys = gather_rows(own.detach(), ranks)
+        self.kept = self.kept or (gather_rows(own.detach(), ranks),)
         cols = tuple(Segment(s, slice(0, n)) for s, n in enumerate(ranks.counts))
         rows = slice(0, ranks.counts[ranks.rank])
-        yield Block(rows, self._keys, cols, diagonal=ranks.offset)
+        yield Block(rows, self.kept[0], cols, diagonal=ranks.offset)
 
     def give(self, block: Block, gradient: Tensor) -> None:
         """Sums over ranks at once."""
@@ -131,18 +136,17 @@ class Direct:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._hops = range(1, ranks.size // 2 + 1)
-        self._keys: list[Tensor] | None = None
+        self.kept: tuple[Tensor, ...] = ()
         self._given: list[Tensor] = []
 
     def blocks(self, own: Tensor) -> Iterator[Block]:
         """This rank's own block, while the others are on their way, and then those."""
         ranks, own = self._ranks, own.detach()
-        transfers = [] if self._keys is not None else [self._fetch(own, d) for d in self._hops]
+        transfers = [] if self.kept else [self._fetch(own, d) for d in self._hops]
         rows, mine = partner(ranks.counts, ranks.rank, 0)
         yield Block(rows, own, (mine,), symmetric=True)
-        if self._keys is None:
-            self._keys = [transfer.wait() for transfer in transfers]
-        for distance, keys in zip(self._hops, self._keys, strict=True):
+        self.kept = self.kept or tuple(transfer.wait() for transfer in transfers)
+        for distance, keys in zip(self._hops, self.kept, strict=True):
             rows, segment = partner(ranks.counts, ranks.rank, distance)
             yield Block(rows, keys, (segment,))
 
@@ -186,6 +190,7 @@ class Ring:
     def __init__(self, ranks: Ranks, symmetric: bool) -> None:
         self._ranks, self._symmetric = ranks, symmetric
         self._last = ranks.size // 2 if symmetric else ranks.size - 1
+        self.kept: tuple[Tensor, ...] = ()  # nothing: blocks come again
         self._own: Tensor | None = None
         self._step = 0
         self._coming: Transfer | None = None  # the sum of the next block's gradients so far

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastcl.distributed.errors import RankFailed, RankLost, RanksDisagree
@@ -36,8 +35,8 @@ def across_ranks(loss: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(loss)
     def wrapped(*args: _P.args, **options: _P.kwargs) -> _R:
         given: dict[str, Any] = dict(options)
-        check_options(given.get("mode", "auto"), given.get("reduce_dtype"))
         if given.get("group") is None:
+            check_options(given.get("mode", "auto"), given.get("reduce_dtype"))
             return loss(*args, **options)
         return _together(loss, signature, args, given)
 
@@ -49,9 +48,10 @@ def _together(
 ) -> _R:
     if isinstance(options["group"], Meeting):  # of a loss that is made of this one
         return loss(*args, **options)
-    call = signature.bind(*args, **options)
-    call.apply_defaults()
-    with Meeting(call.arguments["group"], getattr(loss, "__name__", "a loss")) as meeting:
+    with Meeting(options["group"], getattr(loss, "__name__", "a loss")) as meeting:
+        call = signature.bind(*args, **options)
+        call.apply_defaults()
+        check_options(call.arguments["mode"], call.arguments["reduce_dtype"])
         meeting.arguments = {k: v for k, v in call.arguments.items() if k not in _OWN_AFFAIR}
         return loss(*args, **{**options, "group": meeting})
 
@@ -88,25 +88,25 @@ class Meeting:
         one, and whether it wants a gradient.
         """
         facts = {**self.arguments, **facts}
-        mode, reduce_dtype = facts.get("mode", "gather"), facts.get("reduce_dtype")
-        dim, dtype, on = embeddings.shape[1], embeddings.dtype, torch.is_grad_enabled()
-        facts |= {"D": dim, "dtype": dtype, "device": embeddings.device.type}
-        counts = self.agree_on_rows(len(embeddings), **facts)
+        rows, dim, dtype = *embeddings.shape, embeddings.dtype
+        mode, reduce_dtype = facts["mode"], facts["reduce_dtype"]
+        counts = self.agree_on_rows(
+            rows, **facts, D=dim, dtype=dtype, device=embeddings.device.type
+        )
         if sum(counts) == 0:
             raise ValueError(
                 f"{self.what}: the batch is empty on all {self.team.size} ranks; expected at least "
                 "one row on one of them: skip the step"
             )
-        if 0 in counts and not embeddings.is_cpu:
-            # A rank without rows sends nothing, and NCCL's first transfer needs all ranks.
-            dist.all_reduce(embeddings.new_zeros(1), group=self.team.group)
-        mode = choose_mode(mode, sum(counts), dim, self.team.size, dtype, on)
+        self.team.open_for(embeddings.device)
+        # Of what was compared alone: all ranks choose the same.
+        grad = any(_wants_gradient(value) for value in facts.values())
+        mode = choose_mode(mode, sum(counts), dim, self.team.size, dtype, grad)
         return Ranks(self.team, counts, mode, reduce_dtype)
 
     def agree_on_rows(self, rows: int, **facts: Any) -> tuple[int, ...]:
         """Who has how many rows, if what they compute is the same."""
-        on = torch.is_grad_enabled()
-        said = {"loss": self.what, **{name: _shown(value, on) for name, value in facts.items()}}
+        said = {"loss": self.what, **{name: _shown(value) for name, value in facts.items()}}
         return self._tell(rows, "\n".join(f"{k}={v}" for k, v in said.items()))
 
     def _tell(self, rows: int, text: str, *, failed: bool = False) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ class Meeting:
         self._met = True
         team = self.team
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        header = torch.tensor([rows, int.from_bytes(digest, "big"), failed])
+        header = torch.tensor([rows, int.from_bytes(digest, "big"), failed], device="cpu")
         with team.watched(self.what):
             headers = team.tell(header)
             if not headers[:, 2].any() and (headers[:, 1] == headers[0, 1]).all():
@@ -131,9 +131,13 @@ class Meeting:
         )
 
 
-def _shown(value: Any, grad_enabled: bool) -> str:
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch.is_grad_enabled() and value.requires_grad
+
+
+def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "a tensor" + " with a gradient" * (grad_enabled and value.requires_grad)
+        return "a tensor" + " with a gradient" * _wants_gradient(value)
     return str(value).removeprefix("torch.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.distributed import collectives
 from fastcl.distributed.meeting import Meeting
 from fastcl.distributed.ranks import Ranks, check_options
-from fastcl.distributed.team import Group
+from fastcl.distributed.team import Group, Team
 from fastcl.distributed.walk import Once
 from fastcl.kernels.dtypes import accumulation_dtype
 
@@ -47,8 +47,14 @@ def gather_rows(x: Tensor, group: Group, *, reduce_dtype: torch.dtype | None = N
     with Meeting(group, "gather_rows") as meeting:
         _check(x)
         check_options("gather", reduce_dtype)
-        facts = {"x": x, "shape": tuple(x.shape[1:]), "reduce_dtype": reduce_dtype}
-        ranks = meeting.agree(x.flatten(1), **facts)
+        if x.dim() == 0:
+            raise ValueError("x has no rows (0-dim); expected [n_r, ...], such as x[None]")
+        facts = {"shape": tuple(x.shape[1:]), "dtype": x.dtype, "device": x.device.type, "x": x}
+        counts = meeting.agree_on_rows(len(x), **facts, reduce_dtype=reduce_dtype)
+        meeting.team.open_for(x.device)
+    if sum(counts) == 0:
+        return x
+    ranks = Ranks(meeting.team, counts, "gather", reduce_dtype)
     out: Tensor = _Gather.apply(x, ranks)  # type: ignore[no-untyped-call]
     return out
 
@@ -104,12 +110,48 @@ def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
     """
     with Meeting(group, "sum_over_ranks") as meeting:
         _check(x)
-        meeting.agree_on_rows(1, shape=tuple(x.shape), dtype=x.dtype)
-    out = x.detach().clone()
-    with meeting.team.watched("a sum over ranks"):
-        work = dist.all_reduce(out, group=meeting.team.group, async_op=True)
+        _agree_on_all(meeting, x)
+    return _all_reduced(x.detach(), dist.ReduceOp.SUM, meeting.team)
+
+
+def logsumexp_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """The logsumexp over ranks of partial logsumexps, the same bits on each; without gradient.
+
+    .. math:: \\log \\sum_r e^{x_r}
+
+    Args:
+        x: any shape and floating dtype, the same on all ranks: logsumexps of each one's part; -inf
+            for nothing.
+        group: process group or one-dimensional device mesh.
+
+    Raises:
+        RanksDisagree: where shapes or dtypes differ between ranks.
+        RankLost: where not all ranks come within the timeout.
+
+    Example:
+        >>> import fastcl
+        >>> # columns = fastcl.distributed.logsumexp_over_ranks(own, torch.distributed.group.WORLD)
+    """
+    with Meeting(group, "logsumexp_over_ranks") as meeting:
+        _check(x)
+        _agree_on_all(meeting, x)
+    x = x.detach()
+    top = _all_reduced(x, dist.ReduceOp.MAX, meeting.team)
+    finite = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # of nothing: no NaN
+    return finite + _all_reduced(torch.exp(x - finite), dist.ReduceOp.SUM, meeting.team).log()
+
+
+def _agree_on_all(meeting: Meeting, x: Tensor) -> None:
+    facts = {"shape": tuple(x.shape), "dtype": x.dtype, "device": x.device.type}
+    meeting.agree_on_rows(1, **facts)
+
+
+def _all_reduced(x: Tensor, how: Any, team: Team) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)  # strides may differ between ranks
+    with team.watched("a reduction over ranks"):
+        work = dist.all_reduce(out, how, group=team.group, async_op=True)
         assert work is not None
-        meeting.team.wait(work, out)
+        team.wait(work, out)
     return out
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -35,8 +37,8 @@ def check_options(mode: str, reduce_dtype: torch.dtype | None) -> None:
 
 
 def gathered_bytes(elements: int, dtype: torch.dtype, grad: bool) -> int:
-    """What gather mode holds of the other tower: its rows, and their gradient as accumulated."""
-    return elements * (dtype.itemsize + (accumulation_dtype(dtype).itemsize if grad else 0))
+    """What gather mode holds of the other tower: rows, their gradient, and that on its way."""
+    return elements * (dtype.itemsize + (2 * accumulation_dtype(dtype).itemsize if grad else 0))
 
 
 def choose_mode(mode: str, rows: int, dim: int, ranks: int, dtype: torch.dtype, grad: bool) -> str:
@@ -70,20 +72,23 @@ class Ranks:
         """W, how many processes there are."""
         return self.team.size
 
+    @functools.cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.counts))
+
     @property
     def total(self) -> int:
         """N, the rows of the whole batch."""
-        return sum(self.counts)
+        return self._starts[-1]
 
     @property
     def offset(self) -> int:
         """The first of this rank's rows in the whole batch."""
-        return sum(self.counts[: self.rank])
+        return self._starts[self.rank]
 
     def rows_of(self, rank: int) -> slice:
         """Where the rows of a rank lie in the whole batch."""
-        start = sum(self.counts[:rank])
-        return slice(start, start + self.counts[rank])
+        return slice(self._starts[rank], self._starts[rank + 1])
 
     def times(self, factor: int) -> Ranks:
         """The same with so many embeddings for each row (the views of a sample)."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.distributed.ranks import Ranks
-from fastcl.distributed.walk import Once, RowGradients, Walk
+from fastcl.distributed.walk import Once, RowGradients, Walk, save, saved
 from fastcl.kernels.dispatch import Gradients, LineGradients, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 from fastcl.kernels.walk import paired_rows
@@ -28,7 +28,7 @@ class _SigmoidRows(Once):
     def forward(
         ctx: Any, u: Tensor, v: Tensor, scale: Tensor, row_bias: Tensor | None, walk: Walk
     ) -> tuple[Tensor, Tensor]:
-        ctx.device_type, ctx.gradients, ctx.walk = u.device.type, _row_gradients, walk
+        ctx.device_type, ctx.gradients = u.device.type, _row_gradients
         rows = u.new_zeros(len(u), dtype=vector_dtype(u))
         pair_s = u.new_zeros(len(u), dtype=accumulation_dtype(u.dtype))
         logits = torch.zeros_like(rows)
@@ -42,23 +42,30 @@ class _SigmoidRows(Once):
                     count = paired_rows(stream)
                     pair_s[:count] = pairs.s[:count]
                     logits[:count] = pairs.logits[:count].to(logits.dtype)
-        ctx.save_for_backward(u, v, pair_s)
+        save(ctx, walk, u, v, pair_s)
         return rows, logits
 
 
 def _row_gradients(ctx: Any, g_rows: Tensor, g_pairs: Tensor) -> tuple[Any, ...]:
-    walk: Walk = ctx.walk
-    u, v, pair_s = ctx.saved_tensors
-    needs, store = Needs(*ctx.needs_input_grad[:4]), accumulation_dtype(u.dtype)
+    needs = Needs(*ctx.needs_input_grad[:4])
+    incoming = LineGradients(rows=g_rows.contiguous(), pairs=g_pairs)
+    with saved(ctx) as (walk, (u, v, pair_s)):
+        return (*_gradients(walk, u, v, pair_s, incoming, needs), None)
+
+
+def _gradients(
+    walk: Walk, u: Tensor, v: Tensor, pair_s: Tensor, incoming: LineGradients, needs: Needs
+) -> list[Tensor | None]:
+    store = accumulation_dtype(u.dtype)
     total = RowGradients(walk.stream, needs)
     for block, stream in walk.blocks(u, v):
         if block.empty:
             found = Gradients(v=torch.zeros_like(block.keys, dtype=store))
         else:
             own = stream.diagonal is not None
-            grads = LineGradients(rows=g_rows.contiguous(), pairs=g_pairs if own else None)
+            grads = incoming if own else incoming._replace(pairs=None)
             found = walk.backend.sigmoid_rows_backward(stream, pair_s, grads, needs, store=store)
             total.add(block, found)
         if found.v is not None and needs.v:
             walk.exchange.give(block, found.v)
-    return (*total.finish(walk.exchange.collect() if needs.v else None), None)
+    return total.finish(walk.exchange.collect() if needs.v else None)

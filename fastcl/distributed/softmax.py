@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcl.distributed.exchange import Block, Segment, partner
 from fastcl.distributed.ranks import Ranks
 from fastcl.distributed.statistics import Columns, Sides, empty_running, merge
-from fastcl.distributed.walk import Once, RowGradients, Walk
+from fastcl.distributed.walk import Once, RowGradients, Walk, save, saved
 from fastcl.kernels.dispatch import Gradients, LineGradients, LineStatistics, Needs, Stream
 from fastcl.kernels.dtypes import accumulation_dtype, vector_dtype
 from fastcl.kernels.tiles import Pairs, Running
@@ -44,12 +44,11 @@ class _LogSumExp(Once):
         walk: Walk,
         cols: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.device_type, ctx.gradients, ctx.walk = u.device.type, _line_gradients, walk
-        ctx.cols = cols
+        ctx.device_type, ctx.gradients, ctx.cols = u.device.type, _line_gradients, cols
         with torch.autocast(u.device.type, enabled=False):
             of_rows, of_cols, pairs = _statistics(walk, u, v, cols)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, v, pairs.s, of_rows.max, of_rows.sum, of_cols.max, of_cols.sum)
+        save(ctx, walk, u, v, pairs.s, of_rows.max, of_rows.sum, of_cols.max, of_cols.sum)
         wide = vector_dtype(u)
         tops = of_rows.max.to(wide), of_cols.max.to(wide)
         ctx.mark_non_differentiable(*tops)
@@ -94,21 +93,36 @@ def _computed(ranks: Ranks, symmetric: bool) -> dict[int, Segment]:
 def _line_gradients(
     ctx: Any, g_rows: Tensor | None, g_cols: Tensor | None, g_pairs: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    walk: Walk = ctx.walk
-    u, v, pair_s, *parts = ctx.saved_tensors
-    symmetric = v is None
-    of_rows, of_cols = Running(*parts[:2]), Running(*parts[2:])
     needs = Needs(*ctx.needs_input_grad[:4])
+    with saved(ctx) as (walk, (u, v, pair_s, *lines)):
+        rows, cols = Running(*lines[:2]), Running(*lines[2:])
+        zero = torch.zeros_like(pair_s, dtype=vector_dtype(u))
+        grads = LineGradients(
+            zero if g_rows is None else g_rows.contiguous(),
+            (zero if g_cols is None else g_cols) if ctx.cols else None,
+            g_pairs,
+        )
+        return (*_gradients(walk, u, v, pair_s, rows, cols, grads, needs), None, None)
+
+
+def _gradients(
+    walk: Walk,
+    u: Tensor,
+    v: Tensor | None,
+    pair_s: Tensor,
+    of_rows: Running,
+    of_cols: Running,
+    grads: LineGradients,
+    needs: Needs,
+) -> list[Tensor | None]:
+    symmetric = v is None
     if symmetric:
         needs = needs._replace(v=needs.u)
-    zero = torch.zeros_like(pair_s, dtype=vector_dtype(u))
-    g_rows = zero if g_rows is None else g_rows.contiguous()
     sides = None
-    if ctx.cols:
+    if grads.rows is not None and grads.cols is not None:
         # A column's gradient is known to its owner, and wanted by all who computed a part of it.
-        g_cols = g_rows if symmetric else zero if g_cols is None else g_cols
-        sides = Sides(of_rows if symmetric else of_cols, g_cols, walk.ranks)
-    grads = LineGradients(rows=g_rows, pairs=g_pairs)
+        of_owned = (of_rows, grads.rows) if symmetric else (of_cols, grads.cols)
+        sides = Sides(*of_owned, walk.ranks)
     total, store = RowGradients(walk.stream, needs), accumulation_dtype(u.dtype)
     for block, stream in walk.blocks(u, v):
         if block.empty:
@@ -127,7 +141,7 @@ def _line_gradients(
         walk.exchange.collect(total.u)
     elif needs.v:
         keys = walk.exchange.collect()
-    return (*total.finish(keys), None, None)
+    return total.finish(keys)
 
 
 def _of_block(

@@ -22,17 +22,19 @@ def empty_running(rows: int, like: Tensor) -> Running:
 
 def merge(parts: list[Running]) -> Running:
     """One logsumexp of several of the same lines, in a fixed order, summed in float64."""
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    wide = vector_dtype(first.sum)
-    tops = torch.stack([part.max for part in parts])
+        return parts[0]
+    return merge_rows(torch.stack([x.max for x in parts]), torch.stack([x.sum for x in parts]))
+
+
+def merge_rows(tops: Tensor, sums: Tensor) -> Running:
+    """The same of parts [P, lines]."""
+    wide = vector_dtype(sums)
     top = tops.amax(dim=0)
     finite = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # of nothing: no NaN
-    shares = torch.exp((tops - finite).to(wide))
-    sums = torch.stack([part.sum for part in parts]).to(wide)
     # A share may be 0 where a sum is NaN or infinite, which must not be lost: 0 x NaN is NaN.
-    return Running(top, (shares * sums).sum(dim=0).to(first.sum.dtype))
+    total = (torch.exp((tops - finite).to(wide)) * sums.to(wide)).sum(dim=0)
+    return Running(top, total.to(sums.dtype))
 
 
 class Columns:
@@ -43,14 +45,14 @@ class Columns:
 
     def __init__(self, ranks: Ranks, like: Tensor) -> None:
         self._ranks, self._like = ranks, like
-        self._parts: dict[int, tuple[Segment, Running]] = {}
+        self._sizes = [0] * ranks.size
+        self._parts: dict[int, Tensor] = {}  # by the first rank whose columns they are
 
     def add(self, block: Block, found: Running) -> None:
         """Takes the column statistics of a block."""
-        start = 0
         for segment in block.cols:
-            self._parts[segment.rank] = segment, found[slice(start, start + segment.size)]
-            start += segment.size
+            self._sizes[segment.rank] = segment.size
+        self._parts[block.cols[0].rank] = torch.stack([found.max, found.sum], dim=1)
 
     def merged(self, computed: dict[int, Segment]) -> Running:
         """Statistics of this rank's own columns over all ranks that computed a part of them.
@@ -58,19 +60,25 @@ class Columns:
         `computed`: by rank, which of this rank's rows those are.
         """
         ranks = self._ranks
-        packed, sent, came = [], [], []
-        for s in range(ranks.size):
-            segment, part = self._parts.get(s, (None, empty_running(0, self._like)))
-            packed.append(torch.stack([part.max, part.sum], dim=1))
-            sent.append(0 if segment is None else segment.size)
-            came.append(computed[s].size if s in computed else 0)
-        parts = [empty_running(ranks.counts[ranks.rank], self._like)]
-        arrived = send_to_owners(torch.cat(packed), sent, came, ranks)
-        for s, segment in computed.items():
-            whole = empty_running(ranks.counts[ranks.rank], self._like)
-            whole.max[segment.rows], whole.sum[segment.rows] = arrived[s].unbind(1)
-            parts.append(whole)
-        return merge(parts)
+        own = ranks.counts[ranks.rank]
+        came = [computed[s].size if s in computed else 0 for s in range(ranks.size)]
+        parts = [self._parts[s] for s in sorted(self._parts)]
+        packed = torch.cat([*parts, self._like.new_empty(0, 2, dtype=self._dtype)])
+        arrived = send_to_owners(packed, self._sizes, came, ranks)
+        if all(segment.size == own for segment in computed.values()) and computed:
+            whole = arrived.view(len(computed), own, 2)
+            return merge_rows(whole[..., 0], whole[..., 1])
+        rows = [empty_running(own, self._like)]
+        for s, part in zip(range(ranks.size), torch.split(arrived, came), strict=True):
+            if s in computed:
+                rows.append(empty_running(own, self._like))
+                here = computed[s].rows
+                rows[-1].max[here], rows[-1].sum[here] = part.unbind(1)
+        return merge(rows)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return accumulation_dtype(self._like.dtype)
 
 
 class Sides:
@@ -83,7 +91,9 @@ class Sides:
 
     def of(self, block: Block) -> tuple[Running, Tensor]:
         """Of a block's columns: logsumexps whose sums are 1, for gradients that are divided."""
-        parts = [self._lines[self._ranks.rows_of(c.rank)][c.rows] for c in block.cols]
-        top, weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).unbind(1)
-        top = top.contiguous()
+        lines = self._lines  # a block of all ranks has them in order
+        if len(block.cols) < self._ranks.size:
+            (segment,) = block.cols
+            lines = lines[self._ranks.rows_of(segment.rank)][segment.rows]
+        top, weight = (x.contiguous() for x in lines.unbind(1))
         return Running(top, torch.ones_like(top)), weight.to(vector_dtype(weight))

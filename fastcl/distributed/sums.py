@@ -63,12 +63,12 @@ class _Sum(Once):
                         value, found = walk.backend.weighted_logsumexp(stream, ones, False, needs)
                     total, keys = value.sum().to(total.dtype), found.v
                     ctx.rows.add(block, found)
-        ctx.save_for_backward(u, keys)
+        ctx.save_for_backward(keys)
         return total
 
 
 def _sum_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    _, keys = ctx.saved_tensors
+    (keys,) = ctx.saved_tensors
     if keys is not None:
-        keys = sum_to_owners(keys * grad, ctx.ranks)
+        keys = sum_to_owners(keys, ctx.ranks, grad)
     return (*ctx.rows.finish(keys, grad), None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fastcl.distributed.errors import RankFailed, RankLost, RanksDisagree
 Group = Any
 """A process group, or a device mesh of one dimension. (Builds of PyTorch may have neither.)"""
 
-_timeout = float(os.environ.get("FASTCL_TIMEOUT", "600"))
+_timeout = 600.0
 
 
 def set_timeout(seconds: float) -> None:
@@ -37,9 +38,22 @@ def set_timeout(seconds: float) -> None:
         >>> fastcl.distributed.set_timeout(600)
     """
     global _timeout
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"timeout is {seconds}; expected a positive number of seconds")
-    _timeout = float(seconds)
+    try:
+        value = float(seconds)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            f"timeout is {seconds!r} (set_timeout, or FASTCL_TIMEOUT); expected a positive number "
+            "of seconds"
+        )
+    _timeout = value
+
+
+set_timeout(os.environ.get("FASTCL_TIMEOUT", 600.0))  # type: ignore[arg-type]
+
+# What gloo and NCCL say, in exceptions without a type of their own, where a rank is gone or late.
+_LOST = re.compile(r"gloo|nccl|time ?out|timed out|connect|broken pipe|socket|by peer", re.I)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +69,7 @@ class Team:
     rank: int
     size: int
     timeout: timedelta
+    opened: set[str]  # devices
 
     def wait(self, work: dist.Work, x: Tensor) -> None:
         """Waits for a transfer of x: on a CPU so long, else as long as the group's timeout says.
@@ -73,13 +88,29 @@ class Team:
             yield
         except (RankFailed, RankLost, RanksDisagree, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:  # all that torch.distributed raises
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+                raise
             raise RankLost(
                 f"rank {self.rank} of {self.size} lost the others in {what}: a rank has died, has "
                 f"raised, or did not come here within {self.timeout.total_seconds():g} s (see "
                 "fastcl.distributed.set_timeout). Look for the first error of all ranks; this one "
-                f"only follows from it: {_first_line(error)}"
+                "only follows from it. The group is of no use after it: start again, from a "
+                f"checkpoint, or make another. {_first_line(error)}"
             ) from error
+
+    def open_for(self, device: torch.device) -> None:
+        """Once for a device: a first transfer of all ranks.
+
+        NCCL opens its connections in a group's first transfer, for which all must be there; ours
+        may leave out a rank without rows.
+        """
+        key = str(device)
+        if device.type == "cpu" or key in self.opened:
+            return
+        with self.watched("the first transfer"):
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        self.opened.add(key)
 
     def tell(self, words: Tensor) -> Tensor:
         """Everyone's `words` (equally long vectors on the CPU), row by row, in log2(W) rounds.
@@ -101,7 +132,7 @@ class Team:
 
 
 # By group, for as long as it lives: so nothing in here may hold the group itself.
-_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Any, timedelta]] = (
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Any, timedelta, set[str]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -110,9 +141,9 @@ def team_of(group: Group) -> Team:
     """The team of a process group or device mesh; every rank of it must ask."""
     group = _process_group(group)
     if group not in _lines:
-        _lines[group] = _new_line(group), timedelta(0, _timeout)
-    line, timeout = _lines[group]
-    return Team(group, line, dist.get_rank(group), dist.get_world_size(group), timeout)
+        _lines[group] = _new_line(group), timedelta(0, _timeout), set()
+    line, timeout, opened = _lines[group]
+    return Team(group, line, dist.get_rank(group), dist.get_world_size(group), timeout, opened)
 
 
 def _new_line(group: dist.ProcessGroup) -> Any:
@@ -121,14 +152,18 @@ def _new_line(group: dist.ProcessGroup) -> Any:
             "group= needs gloo, over which ranks agree on what they compute, and this build of "
             "PyTorch is without it"
         )
+    rank, size, store = dist.get_rank(group), dist.get_world_size(group), group.get_group_store()
     # Not dist.new_group, which all ranks of the job would have to call, and in the same order, as
-    # its names are counted. These connections are the group's own.
-    store = dist.PrefixStore(  # type: ignore[attr-defined]
-        "fastcl", group.get_group_store()
-    )
+    # its names are counted. These connections are the group's own. A store may outlive a group and
+    # hold the addresses of its ranks: those of the next group get another name.
+    made = f"fastcl/made/{rank}"
+    name = f"fastcl/{store.add(made, 0)}"
     try:
-        return dist.ProcessGroupGloo(
-            store, dist.get_rank(group), dist.get_world_size(group), timedelta(0, _timeout)
+        line = dist.ProcessGroupGloo(
+            dist.PrefixStore(name, store),  # type: ignore[attr-defined]
+            rank,
+            size,
+            _line_options(),
         )
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
@@ -136,6 +171,16 @@ def _new_line(group: dist.ProcessGroup) -> Any:
             f"group= needs every one of its ranks {ranks} in the call, and within {_timeout:g} s "
             f"not all came: {_first_line(error)}"
         ) from error
+    store.add(made, 1)
+    return line
+
+
+def _line_options() -> Any:
+    """With connections that open when they are first used: log2(W) of them, not W."""
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(0, _timeout)
+    options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
+    return options
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -69,7 +70,7 @@ class Walk:
 
 def _lines(x: Tensor, rows: slice) -> Tensor:
     """One number for all rows, or those of some rows."""
-    return x if x.numel() == 1 and x.dim() == 0 else x[rows]
+    return x if x.dim() == 0 else x[rows]
 
 
 class RowGradients:
@@ -134,6 +135,24 @@ class Once(torch.autograd.Function):
             _refuse()
         with torch.autocast(ctx.device_type, enabled=False):
             return ctx.gradients(ctx, *grads)
+
+
+def save(ctx: Any, walk: Walk, *tensors: Tensor | None) -> None:
+    """Keeps a walk and tensors for the backward; what it holds of other ranks goes with these."""
+    ctx.walk, ctx.count = walk, len(tensors)
+    ctx.save_for_backward(*tensors, *walk.exchange.kept)
+    walk.exchange.kept = ()
+
+
+@contextlib.contextmanager
+def saved(ctx: Any) -> Iterator[tuple[Walk, Sequence[Any]]]:
+    """That walk and those tensors, in the backward."""
+    tensors, walk = ctx.saved_tensors, ctx.walk
+    walk.exchange.kept = tensors[ctx.count :]
+    try:
+        yield walk, tensors[: ctx.count]
+    finally:
+        walk.exchange.kept = ()
 
 
 def _refuse() -> NoReturn:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcl import reference
 from fastcl.distributed.meeting import across_ranks
-from fastcl.distributed.ranks import Mode
+from fastcl.distributed.ranks import Mode, Ranks
 from fastcl.distributed.team import Group
 from fastcl.functional.clip import clip_loss
 from fastcl.functional.common import REDUCTIONS, Reduction, agree, contrast, normalized, reduce
@@ -145,43 +145,63 @@ def info_nce(
         if negative_keys is not None:
             negative_keys = normalized(negative_keys, backend)
     how: dict[str, Any] = {"scale": scale, "backend": backend, "workspace": workspace}
-    only_own = negative_mode == "unpaired" and not in_batch  # one list of negatives for all queries
-    if not in_batch and len(query) == 0:  # on one rank of several, which the others do not need
-        return reduce(pair_logits(query, positive_key, scale), reduction, query, ranks)
-    if reduction != "none" and (negative_keys is None or only_own):
-        # Row weights are known up front: one stream, its gradient made in the forward.
+    in_batch_how = {**how, "row_ids": ids, "col_ids": ids, "positives": 0} if in_batch else None
+    if negative_keys is not None and len(query) == 0:  # on one rank of several
+        values = _values(query, positive_key, None, in_batch_how, ranks, how)
+        # The keys may come from all ranks, who wait for their gradient: of zeros.
+        return reduce(values, reduction, query, ranks) + negative_keys[:0].sum()
+    if reduction != "none":
+        # Row weights are known up front: one stream where there is one, its gradient made at once.
         divisor = len(query) if reduction == "mean" and ranks is None else 1
-        if only_own:
-            assert negative_keys is not None
-            loss = _against_list(query, positive_key, negative_keys, divisor=divisor, **how)
-            return loss if ranks is None else ranks.share(loss, reduction)
-        if ranks is None:
-            how |= {"row_ids": ids, "col_ids": ids, "positives": 0, "divisor": divisor}
-            return similarity_weighted_logsumexp(query, positive_key, **how)
-        if ranks.mode == "gather":
+        loss = None
+        if negative_keys is None and ranks is None:
+            assert in_batch_how is not None
+            return similarity_weighted_logsumexp(
+                query, positive_key, **in_batch_how, divisor=divisor
+            )
+        if negative_keys is None and ranks is not None and ranks.mode == "gather":
             loss = weighted_logsumexp_across(query, positive_key, ranks, ids=ids, **how)
-            return ranks.share(loss, reduction)
+        elif negative_keys is not None and not in_batch and negative_mode == "unpaired":
+            loss = _against_list(query, positive_key, negative_keys, divisor=divisor, **how)
+        if loss is not None:
+            return loss if ranks is None else ranks.share(loss, reduction)
+    values = _values(query, positive_key, negative_keys, in_batch_how, ranks, how)
+    return reduce(values, reduction, query, ranks)
 
-    negatives = []
-    if in_batch:
-        rows, _, positive = pair_statistics(
-            query, positive_key, row_ids=ids, col_ids=ids, positives=0, ranks=ranks, **how
-        )
-        negatives.append(rows)
+
+def _values(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    in_batch: dict[str, Any] | None,
+    ranks: Ranks | None,
+    how: dict[str, Any],
+) -> Tensor:
+    """Each query's loss. `in_batch`: the options of in-batch negatives, where they count."""
+    exact = in_batch is None or query.dtype == torch.float32
+    positive = pair_logits(query, positive_key, how["scale"]) if exact else None
+    beside = None
+    if in_batch is not None:
+        rows, _, tile_positive = pair_statistics(query, positive_key, **in_batch, ranks=ranks)
+        if negative_keys is None:
+            return contrast(tile_positive, rows)
+        # Negatives of tiles stand beside the positive of their own tile, whose rounding they share;
+        # a query's own, which are float64 dot products, beside one of their kind. (Float64's tiles
+        # are of that kind, too; 16-bit gradients in two parts would be rounded twice.)
+        if positive is not None and negative_keys.dim() == 3:
+            beside = contrast(tile_positive, rows)
+        else:
+            positive = tile_positive
+    assert positive is not None
+    if negative_keys is None:
+        return positive  # of no query: a rank of several without rows
+    if negative_keys.dim() == 3:
+        others = LogSumExp.of(pair_logits(query, negative_keys, how["scale"]))
     else:
-        positive = pair_logits(query, positive_key, scale)
-    if negative_keys is not None and negative_mode == "unpaired" and len(query):
-        negatives.append(pair_statistics(query, negative_keys, **how).rows)
-    elif negative_keys is not None and len(query):
-        own = LogSumExp.of(pair_logits(query, negative_keys, scale))
-        if in_batch and query.dtype == torch.float32:
-            # Float64 dot products stand beside a positive of their kind, those of tiles beside
-            # their own. (Float64's tiles are of that kind, too; and 16-bit gradients in two parts
-            # would be rounded twice.)
-            exact = contrast(pair_logits(query, positive_key, scale), own)
-            return reduce(contrast(positive, *negatives, beside=exact), reduction, query, ranks)
-        negatives.append(own)
-    return reduce(contrast(positive, *negatives), reduction, query, ranks)
+        others = pair_statistics(query, negative_keys, **how).rows
+    if in_batch is not None and beside is None:
+        return contrast(positive, rows, others)
+    return contrast(positive, others, beside=beside)
 
 
 def _against_list(

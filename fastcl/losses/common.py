@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ def check_flag(name: str, value: bool) -> None:
     """True or False, and nothing that merely counts as one of them."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+_L = TypeVar("_L", bound="Loss")
 
 
 class Loss(nn.Module):
@@ -57,6 +61,23 @@ class Loss(nn.Module):
         self.mode = mode
         self.reduce_dtype = reduce_dtype
         self.backend = backend
+
+    def __deepcopy__(self: _L, memo: dict[int, Any]) -> _L:
+        """A copy (of a model for its moving average, say) talks to the same group."""
+        memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled."""
+        if self.group is not None:
+            raise TypeError(
+                f"{type(self).__name__} has a group, and a process group cannot be pickled: save "
+                "its state_dict(), or set its group to None first"
+            )
+        return self.__dict__
 
     @property
     def options(self) -> dict[str, Any]:

@@ -190,8 +190,9 @@ def _together(
             columns=kind.loss in ("clip_loss", "nt_xent"),
             reduce_dtype=reduce_dtype,
         )
-        # This rank's rows', and all columns', or a block's own, new, coming and going.
-        columns = 4 * n if mode == "ring" else sum(cost.plan.m for cost in costs)
+        # This rank's rows', and all columns' and those on their way, or a block's own, new, coming
+        # and going.
+        columns = 4 * n if mode == "ring" else 2 * sum(cost.plan.m for cost in costs)
         accumulators = (n + columns) * dim
     whole = n * m
     area = sum(cost.products for cost in costs)

@@ -86,7 +86,7 @@ class Crew:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(max(0.0, until - time.monotonic())):
                 self.dismiss()
-                raise AssertionError(f"rank {rank} hangs in {function.__name__}{args}")
+                raise AssertionError(f"rank {rank} hangs in {function}{args}")
             try:
                 found.append(pipe.recv())
             except (EOFError, ConnectionError):

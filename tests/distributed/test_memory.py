@@ -17,10 +17,10 @@ import fastcl
 from tests.distributed.crew import Crew
 
 MIB = 1 << 20
-N, D = 4096, 512  # of each rank: a block is 8 MiB
+N, D = 4096, 1024  # of each rank: a block is 16 MiB
 BLOCK = 4 * N * D
 WORKSPACE = 4 * MIB
-FIXED = 4 * MIB  # per-thread scratch of a BLAS, buffers of sockets, pages
+FIXED = 8 * MIB  # per-thread scratch of a BLAS, buffers of sockets, pages
 
 pytestmark = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs here"

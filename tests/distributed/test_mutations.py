@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcl.distributed import exchange, ranks, softmax, statistics, sums
+from fastcl.kernels.tiles import Running
 from tests.cases import LOSSES, Case
 from tests.distributed import work
 from tests.distributed.crew import Crew
@@ -20,12 +21,13 @@ CrewOf = Callable[[int], Crew]
 BY_NAME = {case.name: case for case in LOSSES}
 
 
-def _own_rows_only(x: Tensor, among: ranks.Ranks) -> Tensor:
-    return x[among.rows_of(among.rank)].clone()
+def _own_rows_only(x: Tensor, among: ranks.Ranks, factor: Tensor | None = None) -> Tensor:
+    return x[among.rows_of(among.rank)] * (1 if factor is None else factor)
 
 
 def _own_columns_only(self: statistics.Columns, computed: Any) -> Any:
-    return self._parts[self._ranks.rank][1]
+    top, total = self._parts[self._ranks.rank].unbind(1)
+    return Running(top.contiguous(), total.contiguous())
 
 
 def _local_mean(self: ranks.Ranks, local_sum: Tensor, reduction: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastcl
+from fastcl.distributed import collectives, exchange
 from tests.distributed.crew import Crew
 from tests.distributed.work import rows_of, unit_rows
 
@@ -321,10 +323,51 @@ def modules(mode: str) -> list[float]:
     ]
 
 
+def copied() -> tuple[float, str]:
+    """A copy talks to the same group; a pickle cannot."""
+    loss = fastcl.losses.ClipLoss(group=dist.group.WORLD)
+    u = unit_rows(3).detach()
+    same = float(copy.deepcopy(nn.Sequential(loss))[0](u, u, 10.0)) - float(loss(u, u, 10.0))
+    try:
+        pickle.dumps(loss)
+    except TypeError as error:
+        return same, str(error)
+    return same, "no error"
+
+
 def test_modules(crew_of: CrewOf) -> None:
     assert crew_of(2).run(modules, "ring") == [[0.0] * 4] * 2
+    for same, error in crew_of(2).run(copied):
+        assert same == 0.0
+        assert error.startswith("ClipLoss has a group, and a process group cannot be pickled")
     again = copy.deepcopy(fastcl.losses.ClipLoss(mode="ring", reduce_dtype=torch.bfloat16))
     assert repr(again) == "ClipLoss(mode='ring', reduce_dtype=torch.bfloat16)"
+
+
+def towers_held(kind: str) -> list[int]:
+    """How many gathered towers are there after each of some steps, their graphs still alive."""
+    found, kept = [], []
+    original = collectives.gather_rows
+
+    def gather_rows(x: Tensor, *args: Any) -> Tensor:
+        out = original(x, *args)
+        kept.append(weakref.ref(out))
+        return out
+
+    exchange.gather_rows = gather_rows
+    for _ in range(3):
+        u, v = unit_rows(5, seed=dist.get_rank()), unit_rows(5, seed=7)
+        out = (u, v, torch.tensor(5.0), torch.tensor(-2.0))
+        loss = losses_of(kind, out, group=dist.group.WORLD, mode="gather")
+        loss.backward()  # `loss` keeps the graph, as in a training loop
+        found.append(sum(ref() is not None for ref in kept))
+    exchange.gather_rows = original
+    return found
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "info_nce"])
+def test_a_gathered_tower_goes_with_the_backward(crew_of: CrewOf, kind: str) -> None:
+    assert crew_of(2).run(towers_held, kind) == [[0, 0, 0]] * 2
 
 
 def groups_come_and_go() -> list[bool]:

@@ -64,7 +64,8 @@ def loss_and_gradients(
     found = {"output": output.detach()}
     for name, leaf in leaves.items():
         if leaf.requires_grad:
-            found[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            assert leaf.grad is not None, f"{name} has no gradient on rank {rank}"
+            found[name] = leaf.grad
     return found
 
 

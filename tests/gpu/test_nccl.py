@@ -80,6 +80,15 @@ def test_nothing_waits_for_the_device(group: Any, name: str, mode: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_gathered_rows_and_their_gradient(group: Any) -> None:
+    """That of a sum is of ones that take no memory, and NCCL is given memory."""
+    mine = torch.randn(5, 3, device="cuda", requires_grad=True)
+    rows = fastcl.distributed.gather_rows(mine, group)
+    assert torch.equal(rows, mine)
+    rows.sum().backward()
+    assert torch.equal(mine.grad, torch.ones_like(mine))
+
+
 def one_of_several(rank: int, size: int, store: str, counts: list[int], out: str) -> None:
     join(rank, size, store)
     start = sum(counts[:rank])
