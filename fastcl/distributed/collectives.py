@@ -75,23 +75,25 @@ def sum_to_owners(x: Tensor, ranks: Ranks, factor: Tensor | None = None) -> Tens
     """
     counts, dtype = list(ranks.counts), ranks.reduce_dtype or x.dtype
     even, group = min(counts) == max(counts), ranks.team.group
-    x = x.contiguous()
-    if factor is not None:  # in the dtype that is sent at once: no copy in another
-        wire = torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
-    else:
-        wire = x.to(dtype)
     if dtype == x.dtype and even and not x.is_cpu:
         out = x.new_empty(counts[0], *x.shape[1:])
         scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
         with ranks.team.watched("summing rows"):
+            wire = _as_sent(x, dtype, factor)
             ranks.team.wait(scatter(out, wire, group=group, async_op=True), out)
         return out
     own = counts[ranks.rank]
-    came = send_to_owners(wire, counts, [own] * ranks.size, ranks)
+    came = send_to_owners(_as_sent(x, dtype, factor), counts, [own] * ranks.size, ranks)
     out = came[:own].to(x.dtype, copy=True)
     for s in range(1, ranks.size):
         out += came[s * own : (s + 1) * own]
     return out
+
+
+def _as_sent(x: Tensor, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
+    if factor is None:
+        return x.to(dtype).contiguous()
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)).contiguous()
 
 
 @dataclass
