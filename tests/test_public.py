@@ -24,13 +24,14 @@ REPOSITORY = Path(__file__).parents[1]
 FUNCTIONS = sorted(n for n in fastcl.__all__ if isinstance(getattr(fastcl, n), FunctionType))
 PACKAGES = (
     fastcl,
+    fastcl.caching,
     fastcl.compat,
     fastcl.distributed,
     fastcl.functional,
     fastcl.losses,
     fastcl.reference,
 )
-SPECIFIED = sorted(set(FUNCTIONS) - {"available_backends", "explain", "use_backend"})
+SPECIFIED = sorted(set(FUNCTIONS) - {"available_backends", "explain", "grad_cache", "use_backend"})
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages([str(ROOT)], "fastcl.")
@@ -117,9 +118,11 @@ ARROWS = {
     "similarity": {"distributed", "kernels", "reference"},
     "functional": {"similarity", "distributed", "kernels", "reference"},
     "losses": {"functional", "similarity", "distributed", "kernels"},
-    "compat": {"losses", "functional", "distributed"},
+    "compat": {"losses", "functional", "caching", "distributed"},
+    "caching": {"distributed"},
     "": {
         "_version",
+        "caching",
         "compat",
         "distributed",
         "functional",

@@ -24,7 +24,7 @@ _timeout = 600.0
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a rank waits for the others before it raises :class:`RankLost`; 600 at first.
+    """How long a rank waits for the others before it raises `RankLost`; 600 at first.
 
     Longer than the longest that ranks are ever apart (one evaluates, the others wait). For groups
     that were not used yet; the environment variable FASTCL_TIMEOUT sets it for a whole job. Data on

@@ -21,8 +21,8 @@ class InfoNCELoss(TemperatureLoss):
     Args:
         temperature: tau > 0, or its starting value with `learn_temperature`.
         learn_temperature: make ``log_temperature`` a parameter.
-        negative_mode, in_batch, symmetric, reduction, normalize, group, mode, reduce_dtype,
-            backend, workspace: as for :func:`fastcl.info_nce`.
+        negative_mode, in_batch, symmetric, reduction, normalize: as for :func:`fastcl.info_nce`.
+        group, mode, reduce_dtype, backend, workspace: likewise.
 
     Example:
         >>> import fastcl, torch

@@ -1,0 +1,7 @@
+"""Gradient caching: batches larger than the encoders' activations would fit, exactly."""
+
+from fastcl.caching.cache import GradCache
+from fastcl.caching.modules import NotExact
+from fastcl.caching.step import GradCacheStep, grad_cache
+
+__all__ = ["GradCache", "GradCacheStep", "NotExact", "grad_cache"]

@@ -1,0 +1,55 @@
+"""Running a part of a computation again exactly: random numbers and autocast as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The generators' states on the CPU and some devices, and what autocast does there."""
+
+    cpu: Tensor
+    devices: tuple[tuple[torch.device, Tensor], ...]
+    autocast: tuple[tuple[str, dict[str, Any]], ...]
+
+    @staticmethod
+    def now(devices: set[torch.device]) -> Surroundings:
+        """Of this moment."""
+        others = sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str)
+        states = tuple((d, _module(d).get_rng_state(d)) for d in others)
+        kinds = sorted({"cpu", *(d.type for d in others)})
+        return Surroundings(torch.get_rng_state(), states, tuple((k, _autocast(k)) for k in kinds))
+
+    def restore(self) -> None:
+        """Sets the generators back."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices:
+            _module(device).set_rng_state(state, device)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """In there all is as it was."""
+        self.restore()
+        with contextlib.ExitStack() as stack:
+            for kind, how in self.autocast:
+                stack.enter_context(torch.autocast(kind, **how))
+            yield
+
+
+def _module(device: torch.device) -> Any:
+    return getattr(torch, device.type)
+
+
+def _autocast(kind: str) -> dict[str, Any]:
+    return {
+        "enabled": torch.is_autocast_enabled(kind),
+        "dtype": torch.get_autocast_dtype(kind),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
