@@ -86,10 +86,14 @@ def train_command(
     ] = None,
     threads: Annotated[int | None, _option("threads", "On a CPU.")] = None,
     checkpoint_every: Annotated[int | None, _option("checkpoint_every", "In epochs.")] = None,
+    cache_chunk: Annotated[
+        int | None, _option("cache_chunk", "Images that the encoders have at a time; 0: all.")
+    ] = None,
 ) -> None:
     """Train an encoder, evaluate it on held-out images, and draw what happened.
 
-    With --resume, only --epochs, --device, --backend, --threads and --checkpoint-every may change.
+    With --resume, only --epochs, --device, --backend, --threads, --checkpoint-every and
+    --cache-chunk may change.
     """
     options = {name: value for name, value in context.params.items() if value is not None}
     out, folder = options.pop("out", None), options.pop("resume", None)

@@ -12,7 +12,9 @@ PRECISIONS = ("fp32", "bf16")
 
 # What may differ on resume. A longer run gets the schedule of its new length from here on;
 # another device, backend or number of threads computes in another order: the last bits may differ.
-MAY_CHANGE = frozenset({"epochs", "device", "backend", "threads", "checkpoint_every"})
+MAY_CHANGE = frozenset(
+    {"epochs", "device", "backend", "threads", "checkpoint_every", "cache_chunk"}
+)
 
 
 class TrainError(Exception):
@@ -71,6 +73,7 @@ class Config:
     # ten times as much on cores that others use. And the bits do not depend on the machine's cores.
     threads: int = 1
     checkpoint_every: int = 10
+    cache_chunk: int = 0  # images that the encoders have at a time; 0: the whole batch
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON and for the checkpoint."""
@@ -99,6 +102,10 @@ def check_numbers(config: Config) -> None:
             raise TrainError(
                 f"{option(field)} {getattr(config, field)}: expected an integer of at least {low}"
             )
+    if config.cache_chunk < 0:
+        raise TrainError(
+            f"--cache-chunk {config.cache_chunk}: expected a number of images, or 0 for the batch"
+        )
     if config.seed >= 1 << 63:
         raise TrainError(f"--seed {config.seed}: expected an integer below 2^63")
     for field in ("learning_rate", "temperature"):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcl import clip_loss, info_nce, nt_xent, siglip_loss
+from fastcl.caching import GradCacheStep
 from fastcl.train.captions import Captions
 from fastcl.train.config import Config
 from fastcl.train.data import Batch, Dataset
@@ -52,6 +53,7 @@ class Method(nn.Module, ABC):
     captions: ClassVar[bool] = False  # whether a batch also has a caption of each image
     defaults: ClassVar[dict[str, Any]]  # settings where this method differs from Config's
     group: Any = None  # of the processes over which a batch is spread: every loss takes it
+    cached: GradCacheStep | None = None  # where encoders run chunk by chunk
 
     def __init__(self, config: Config, dataset: Dataset, captions: Captions | None) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class Method(nn.Module, ABC):
         """
         low = self.config.precision == "bf16"
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=low):
-            raw: Tensor = network(inputs)
+            raw: Tensor = self.cached(network, inputs) if self.cached else network(inputs)
         return F.normalize(raw.float(), dim=-1).to(raw.dtype)
 
 

@@ -12,7 +12,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -87,6 +95,20 @@ class Processes:
             given = dist.get_backend() == "nccl"
             method.group = dist.group.WORLD if given else dist.new_group(backend="nccl")
         return DistributedDataParallel(method, process_group=method.group)
+
+    def apart(self, model: nn.Module) -> AbstractContextManager[None]:
+        """In there, backward passes leave gradients on their process."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def average_gradients(self, method: Method) -> None:
+        """Their mean over all processes, in one sum."""
+        if self.alone:
+            return
+        grads = [p.grad for p in method.parameters() if p.grad is not None]
+        whole = sum_over_ranks(torch.cat([grad.flatten() for grad in grads]), method.group)
+        parts = torch.split(whole / self.size, [grad.numel() for grad in grads])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
 
     @contextmanager
     def together(self) -> Iterator[None]:

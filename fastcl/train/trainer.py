@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcl.caching import grad_cache
 from fastcl.train.captions import Captions
 from fastcl.train.checkpoints import save_checkpoint
 from fastcl.train.config import Config, LossLost
@@ -100,9 +101,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepOutput:
         """One step of the optimizer. Nothing here waits for the device."""
         self._set_learning_rate()
-        output: StepOutput = self.model(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        output = self._cached_passes(batch) if self.config.cache_chunk else self._passes(batch)
         self.optimizer.step()
         self.method.after_step()
         self.step += 1
@@ -111,6 +111,22 @@ class Trainer:
             loss=output.loss.detach(),
             scale=output.scale.detach().clone(),  # it may be a parameter: the next step changes it
         )
+
+    def _passes(self, batch: Batch) -> StepOutput:
+        output: StepOutput = self.model(batch)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def _cached_passes(self, batch: Batch) -> StepOutput:
+        """The same with the encoders' activations of a few images at a time."""
+        with self.processes.apart(self.model):
+            try:
+                with grad_cache(self.config.cache_chunk) as self.method.cached:
+                    output = self._passes(batch)
+            finally:
+                self.method.cached = None
+        self.processes.average_gradients(self.method)
+        return output
 
     def _set_learning_rate(self) -> None:
         """From the step alone: a schedule without a state that a resume would have to restore."""

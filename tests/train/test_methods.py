@@ -174,3 +174,22 @@ def test_a_new_method_needs_a_class_and_a_name(
     assert isinstance(trainer.method, Counting)
     assert trainer.method.steps == trainer.step == 4
     assert trainer.config.temperature == 0.2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_gradient_cache_changes_nothing(
+    method: str, precision: str, make_trainer: MakeTrainer
+) -> None:
+    """But the order of sums: the first step's loss and gradients."""
+    found = []
+    for chunk in (0, 10):
+        trainer = make_trainer(method, batch_size=64, cache_chunk=chunk, precision=precision)
+        output = trainer.train_step(next(iter(trainer.batches.epoch())))
+        grads = [p.grad.flatten() for p in trainer.method.parameters()]
+        found.append((output.loss, torch.cat(grads)))
+        assert trainer.method.cached is None
+    (loss, grad), (cached_loss, cached_grad) = found
+    tolerance = 1e-5 if precision == "fp32" else 3e-2
+    torch.testing.assert_close(cached_loss, loss, rtol=tolerance, atol=tolerance)
+    assert (cached_grad - grad).norm() <= tolerance * grad.norm()
