@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastcl.caching.budget import fitting_rows
 from fastcl.caching.chunks import rows_of
 from fastcl.caching.step import check_chunk_size, grad_cache
 from fastcl.distributed import sum_over_ranks
@@ -24,7 +25,11 @@ class GradCache:
         encoders: modules or functions, one for each input of a call; the same one twice is fine.
         loss: called with the embeddings, in order, and a call's keyword arguments.
         chunk_size: rows of a chunk: one number, or one for each encoder.
-        keep, strict: as for :func:`fastcl.grad_cache`.
+        memory_budget: in place of chunk_size: bytes for the activations of all encoders together,
+            from which chunks are found at the first call, a share for each encoder.
+        keep: chunks whose activations are kept from the first run; None: one, or with a budget as
+            many as fit it.
+        strict: as for :func:`fastcl.grad_cache`.
         embeddings: picks the tensor of embeddings from what an encoder returns.
         scaler: a ``torch.amp.GradScaler``, whose ``scale`` the loss goes through.
         outside: parameters that no encoder has (a logit scale): with `group` their gradients are
@@ -50,9 +55,10 @@ class GradCache:
         self,
         encoders: Sequence[Callable[..., Any]],
         loss: Callable[..., Tensor],
-        chunk_size: int | Sequence[int],
+        chunk_size: int | Sequence[int] | None = None,
         *,
-        keep: int = 1,
+        memory_budget: int | None = None,
+        keep: int | None = None,
         strict: bool = False,
         embeddings: Callable[[Any], Any] | None = None,
         scaler: Any = None,
@@ -62,9 +68,15 @@ class GradCache:
         self.encoders = list(encoders)
         if not self.encoders:
             raise ValueError("encoders is empty; expected one for each input of a call")
+        if (chunk_size is None) == (memory_budget is None):
+            raise ValueError("give chunk_size or memory_budget, one of the two")
+        if chunk_size is None:
+            chunk_size = []
         sizes = [chunk_size] * len(self.encoders) if isinstance(chunk_size, int) else chunk_size
         self.chunk_sizes = [check_chunk_size(size) for size in sizes]
-        if len(self.chunk_sizes) != len(self.encoders):
+        self.keeps = [1 if keep is None else keep] * len(self.encoders)
+        self.memory_budget = memory_budget
+        if memory_budget is None and len(self.chunk_sizes) != len(self.encoders):
             raise ValueError(
                 f"chunk_size has {len(self.chunk_sizes)} numbers for {len(self.encoders)} "
                 "encoders; expected one number, or one for each"
@@ -88,14 +100,14 @@ class GradCache:
         calls = [arguments_of(each) for each in inputs]
         check_one_batch(calls)
         before = [None if p.grad is None else p.grad.clone() for p in self.outside]
-        step = grad_cache(
-            self.chunk_sizes[0], keep=self.keep, strict=self.strict, embeddings=self.embeddings
-        )
+        if not self.chunk_sizes:
+            self._fit(calls)
+        step = grad_cache(self.chunk_sizes[0], strict=self.strict, embeddings=self.embeddings)
         with step as cached:
             embedded = [
-                cached(encoder, *args, chunk_size=size, **kwargs)
-                for encoder, size, (args, kwargs) in zip(
-                    self.encoders, self.chunk_sizes, calls, strict=True
+                cached(encoder, *args, chunk_size=size, keep=keep, **kwargs)
+                for encoder, size, keep, (args, kwargs) in zip(
+                    self.encoders, self.chunk_sizes, self.keeps, calls, strict=True
                 )
             ]
             loss = self.loss(*embedded, **loss_options)
@@ -103,6 +115,18 @@ class GradCache:
             scaled.backward()  # type: ignore[no-untyped-call]
         self._average_outside(before)
         return loss.detach()
+
+    def _fit(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Chunk sizes from the budget."""
+        assert self.memory_budget is not None
+        share = self.memory_budget // len(self.encoders)
+        found = [
+            fitting_rows(encoder, share, *args, **kwargs)
+            for encoder, (args, kwargs) in zip(self.encoders, calls, strict=True)
+        ]
+        self.chunk_sizes = [size for size, _ in found]
+        if self.keep is None:
+            self.keeps = [together for _, together in found]
 
     def _average_outside(self, before: list[Tensor | None]) -> None:
         """What this call has added to gradients outside of the encoders, as a mean over ranks."""

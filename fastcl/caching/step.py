@@ -65,7 +65,7 @@ class GradCacheStep:
         strict: bool,
         embeddings: Callable[[Any], Any] | None,
     ) -> None:
-        self._chunk_size, self._keep = check_chunk_size(chunk_size), keep
+        self._chunk_size, self._keep = check_chunk_size(chunk_size), check_keep(keep)
         self._strict = strict
         self._pick = embeddings or (lambda out: out)
         self._encoded: list[_Encoded] = []
@@ -88,6 +88,7 @@ class GradCacheStep:
         encoder: Callable[..., Any],
         *args: Any,
         chunk_size: int | None = None,
+        keep: int | None = None,
         embeddings: Callable[[Any], Any] | None = None,
         chunks: Sequence[Call] | None = None,
         **kwargs: Any,
@@ -98,7 +99,7 @@ class GradCacheStep:
             encoder: a module or function; called with chunks of the arguments.
             args, kwargs: tensors with one row for each sample, or lists, tuples, mappings and
                 dataclasses of them; whatever else is in them goes to every chunk as it is.
-            chunk_size, embeddings: in place of the step's own.
+            chunk_size, keep, embeddings: in place of the step's own.
             chunks: the calls themselves, (arguments, keyword arguments) of each chunk, in place of
                 args and kwargs.
         """
@@ -120,7 +121,7 @@ class GradCacheStep:
             return torch.cat([each.run(i) for i in range(len(each.chunks))])
         check_exact(encoder, self._strict)
         _check_leaves(inputs)
-        each.leaf = _first_pass(each, self._keep)
+        each.leaf = _first_pass(each, self._keep if keep is None else check_keep(keep))
         if each.leaf.requires_grad:
             self._encoded.append(each)
         return each.leaf
@@ -131,6 +132,13 @@ def check_chunk_size(chunk_size: Any) -> int:
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}; expected a number of rows, at least 1")
     return chunk_size
+
+
+def check_keep(keep: Any) -> int:
+    """A number of chunks."""
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        raise ValueError(f"keep is {keep!r}; expected a number of chunks, 0 or more")
+    return keep
 
 
 def _check_leaves(inputs: Any) -> None:
@@ -266,6 +274,4 @@ def grad_cache(
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
     Setup".
     """
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
-        raise ValueError(f"keep is {keep!r}; expected a number of chunks, 0 or more")
     return GradCacheStep(chunk_size, keep=keep, strict=strict, embeddings=embeddings)

@@ -516,3 +516,55 @@ def test_the_page_runs() -> None:
     loss.backward()
     assert names["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     same(found, gradients(*encoders), tolerance=1e-5)
+
+
+# ---- a budget in place of chunk sizes ----
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24])
+def test_activations_are_counted(rows: int) -> None:
+    """By hand: a linear layer saves its input, which is not counted; GELU its input; and so on."""
+    encoder = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, D)).double()
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    assert fastcl.caching.activation_bytes(encoder, images(rows)) == 8 * 16 * rows
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        assert fastcl.caching.activation_bytes(encoder, images(rows)) == 8 * 16 * rows
+
+
+def test_chunks_fit_a_budget() -> None:
+    encoder = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, D)).double()
+    row = 8 * 16
+    assert fastcl.caching.fitting_rows(encoder, 5 * row, images()) == (5, 1)
+    assert fastcl.caching.fitting_rows(encoder, 60 * row, images()) == (24, 2)
+    with pytest.raises(ValueError, match=f"one row's activations are about {row}"):
+        fastcl.caching.fitting_rows(encoder, row - 1, images())
+    for budget in (0, 2.5, True):
+        with pytest.raises(ValueError, match="expected a number of bytes"):
+            fastcl.caching.fitting_rows(encoder, budget, images())
+
+
+@pytest.mark.parametrize("rows", [3, 8, 60])
+def test_a_budget_is_as_exact(rows: int) -> None:
+    a, b, scale = image_encoder(), text_encoder(), Scale()
+    each = [
+        fastcl.caching.activation_bytes(a, images(1)),
+        fastcl.caching.activation_bytes(b, **texts(1)),
+    ]
+    cached = fastcl.GradCache([a, b], LOSSES["clip"], memory_budget=2 * rows * max(each))
+    value = cached(images(), texts(), s=scale)
+    expected, right = step("clip", None)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    same(gradients(a, b, scale), right)
+    size = cached.chunk_sizes[1]
+    assert fastcl.caching.activation_bytes(b, **texts(size)) <= rows * max(each)
+    assert size == N or fastcl.caching.activation_bytes(b, **texts(size + 2)) > rows * max(each)
+
+
+def test_a_budget_or_a_size() -> None:
+    for given in ({}, {"chunk_size": 3, "memory_budget": 1 << 20}):
+        with pytest.raises(ValueError, match="give chunk_size or memory_budget, one of the two"):
+            fastcl.GradCache([image_encoder()], LOSSES["clip"], **given)
+    with pytest.raises(ValueError, match="keep is -1; expected a number of chunks"):
+        fastcl.grad_cache(8, keep=-1)
