@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcl.caching.chunks import devices_of, leaves, part_of, rows_of
-from fastcl.caching.modules import without_sums
+from fastcl.caching.modules import modules_of, without_sums
 from fastcl.caching.replay import Surroundings
 
 
@@ -26,8 +26,8 @@ def activation_bytes(encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """
     saved: dict[int, int] = {}
     own = [x for _, x in leaves((args, kwargs))]
-    if isinstance(encoder, nn.Module):
-        own += [*encoder.parameters(), *encoder.buffers()]
+    for module in modules_of(encoder):
+        own += [*module.parameters(), *module.buffers()]
     given = {x.untyped_storage().data_ptr() for x in own}
 
     def pack(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def activation_bytes(encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> 
             saved[storage.data_ptr()] = storage.nbytes()
         return x
 
-    before = Surroundings.now(devices_of((args, kwargs), encoder))
+    before = Surroundings.now(devices_of((args, kwargs), modules_of(encoder)))
     with (
         torch.enable_grad(),
         without_sums(encoder),

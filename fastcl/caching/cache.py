@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl.caching.budget import fitting_rows
 from fastcl.caching.chunks import rows_of
+from fastcl.caching.replay import without_autocast
 from fastcl.caching.step import check_chunk_size, grad_cache
 from fastcl.distributed import sum_over_ranks
 
@@ -99,20 +101,22 @@ class GradCache:
             )
         calls = [arguments_of(each) for each in inputs]
         check_one_batch(calls)
-        before = [None if p.grad is None else p.grad.clone() for p in self.outside]
+        outside = self.outside if self.group is not None else []
+        before = [None if p.grad is None else p.grad.clone() for p in outside]
         if not self.chunk_sizes:
             self._fit(calls)
         step = grad_cache(self.chunk_sizes[0], strict=self.strict, embeddings=self.embeddings)
         with step as cached:
             embedded = [
-                cached(encoder, *args, chunk_size=size, keep=keep, **kwargs)
-                for encoder, size, keep, (args, kwargs) in zip(
+                cached.encode(encoder, call, size, keep)
+                for encoder, size, keep, call in zip(
                     self.encoders, self.chunk_sizes, self.keeps, calls, strict=True
                 )
             ]
             loss = self.loss(*embedded, **loss_options)
             scaled: Tensor = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward()  # type: ignore[no-untyped-call]
+            with without_autocast({scaled.device}):
+                scaled.backward()  # type: ignore[no-untyped-call]
         self._average_outside(before)
         return loss.detach()
 
@@ -134,10 +138,9 @@ class GradCache:
             return
         size = dist.get_world_size(getattr(self.group, "get_group", lambda: self.group)())
         for parameter, old in zip(self.outside, before, strict=True):
-            if parameter.grad is not None:
-                new = parameter.grad if old is None else parameter.grad - old
-                mean = sum_over_ranks(new, self.group) / size
-                parameter.grad = mean if old is None else old + mean
+            now = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean = sum_over_ranks(now if old is None else now - old, self.group) / size
+            parameter.grad = mean if old is None else old + mean
 
 
 def arguments_of(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

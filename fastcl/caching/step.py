@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from types import TracebackType
@@ -13,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastcl.caching.chunks import bounds, devices_of, leaves, part_of, rows_of
-from fastcl.caching.modules import check_exact, sums_over_ranks, without_sums
-from fastcl.caching.replay import Surroundings
+from fastcl.caching.modules import (
+    NotExact,
+    all_modules,
+    check_exact,
+    modules_of,
+    summing_modules,
+    without_sums,
+)
+from fastcl.caching.replay import Surroundings, without_autocast
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,26 +38,52 @@ class _Encoded:
     surroundings: list[Surroundings | None] = field(default_factory=list)
     kept: dict[int, Tensor] = field(default_factory=dict)  # embeddings with their graph
     leaf: Tensor | None = None
+    modes: dict[nn.Module, bool] = field(default_factory=dict)
+    strict: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return getattr(self.encoder, "__name__", type(self.encoder).__name__)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Of its inputs and parameters."""
+        return devices_of(self.inputs, modules_of(self.encoder))
+
+    @contextlib.contextmanager
+    def in_its_modes(self) -> Iterator[None]:
+        """In there, modules train or evaluate as they did in the first pass."""
+        now = {module: module.training for module in self.modes}
+        for module, training in self.modes.items():
+            module.training = training
+        try:
+            yield
+        finally:
+            for module, training in now.items():
+                module.training = training
 
     def run(self, index: int) -> Tensor:
         """The embeddings of a chunk."""
-        start, stop = self.chunks[index]
         if isinstance(self.inputs, list):
             args, kwargs = self.inputs[index]
         else:
-            args, kwargs = part_of(self.inputs, start, stop, self.chunks[-1][1])
+            args, kwargs = part_of(self.inputs, *self.chunks[index], self.chunks[-1][1])
         out = self.pick(self.encoder(*args, **kwargs))
-        name = getattr(self.encoder, "__name__", type(self.encoder).__name__)
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"{name} returned {type(out).__name__}; expected a tensor of embeddings, a row for "
-                "each row of its inputs: pick it with embeddings=, such as "
+                f"{self.name} returned {type(out).__name__}; expected a tensor of embeddings, "
+                "a row for each row of its inputs: pick it with embeddings=, such as "
                 "embeddings=lambda out: out.pooler_output"
             )
-        if out.dim() == 0 or len(out) != stop - start:
+        rows = None  # of a call of one's own: as many as come back
+        if not isinstance(self.inputs, list):
+            start, stop = self.chunks[index]
+            rows = stop - start
+        if out.dim() == 0 or (rows is not None and len(out) != rows):
             raise ValueError(
-                f"{name} returned embeddings of shape {list(out.shape)} for a chunk of "
-                f"{stop - start} rows; expected a row for each"
+                f"{self.name} returned embeddings of shape {list(out.shape)} for a chunk of "
+                f"{rows} rows; expected a row for each"
             )
         return out
 
@@ -72,6 +106,8 @@ class GradCacheStep:
         self._open = False
 
     def __enter__(self) -> GradCacheStep:
+        if self._open:
+            raise RuntimeError("this step is open already: make another, fastcl.grad_cache(...)")
         self._open = True
         return self
 
@@ -86,6 +122,7 @@ class GradCacheStep:
     def __call__(
         self,
         encoder: Callable[..., Any],
+        /,
         *args: Any,
         chunk_size: int | None = None,
         keep: int | None = None,
@@ -103,24 +140,35 @@ class GradCacheStep:
             chunks: the calls themselves, (arguments, keyword arguments) of each chunk, in place of
                 args and kwargs.
         """
+        inputs: Any = (args, kwargs) if chunks is None else list(chunks)
+        if chunks is not None and (args or kwargs or not inputs):
+            raise ValueError("chunks= is empty, or stands beside other arguments of the encoder")
+        return self.encode(encoder, inputs, chunk_size, keep, embeddings)
+
+    def encode(
+        self,
+        encoder: Callable[..., Any],
+        inputs: Any,
+        chunk_size: int | None = None,
+        keep: int | None = None,
+        embeddings: Callable[[Any], Any] | None = None,
+    ) -> Tensor:
+        """The same of (arguments, keyword arguments), or of a list of them, one for each chunk."""
         if not self._open:
             raise RuntimeError(
                 "encode inside the block: with fastcl.grad_cache(...) as cached: ..."
             )
         size = self._chunk_size if chunk_size is None else check_chunk_size(chunk_size)
-        inputs: Any = (args, kwargs) if chunks is None else list(chunks)
-        if chunks is None:
-            parts = bounds(rows_of(inputs), size)
-        elif inputs and not (args or kwargs):
-            stops = [0, *accumulate(rows_of(call) for call in inputs)]
-            parts = list(pairwise(stops))
+        if isinstance(inputs, list):
+            parts = [(i, i + 1) for i in range(len(inputs))]  # until their rows are known
         else:
-            raise ValueError("chunks= is empty, or stands beside other arguments of the encoder")
-        each = _Encoded(encoder, inputs, embeddings or self._pick, parts)
+            parts = bounds(rows_of(inputs), size)
+        each = _Encoded(encoder, inputs, embeddings or self._pick, parts, strict=self._strict)
         if not torch.is_grad_enabled():
             return torch.cat([each.run(i) for i in range(len(each.chunks))])
         check_exact(encoder, self._strict)
         _check_leaves(inputs)
+        each.modes = {module: module.training for module in all_modules(encoder).values()}
         each.leaf = _first_pass(each, self._keep if keep is None else check_keep(keep))
         if each.leaf.requires_grad:
             self._encoded.append(each)
@@ -153,10 +201,9 @@ def _check_leaves(inputs: Any) -> None:
 def _first_pass(each: _Encoded, keep: int) -> Tensor:
     """Embeddings of all chunks, without graphs but for the last few."""
     count = len(each.chunks)
-    if sums_over_ranks(each.encoder):
+    if summing_modules(each.encoder):
         keep = min(keep, count - 1)  # the one whose backward sums over ranks is run again
-    devices = devices_of(each.inputs, each.encoder)
-    parts = []
+    devices, parts = each.devices, []
     with without_sums(each.encoder):
         for i in range(count):
             with_graph = i >= count - keep
@@ -170,6 +217,8 @@ def _first_pass(each: _Encoded, keep: int) -> Tensor:
                 each.kept[i] = part
             parts.append(part.detach())
     torch.clear_autocast_cache()
+    stops = [0, *accumulate(len(part) for part in parts)]
+    each.chunks = list(pairwise(stops))
     wanted = _wants_gradient(each)
     if not wanted:
         each.kept = {}
@@ -181,55 +230,88 @@ def _wants_gradient(each: _Encoded) -> bool:
         return any(part.requires_grad for part in each.kept.values())
     if any(x.requires_grad for _, x in leaves(each.inputs)):
         return True
-    encoder = each.encoder
-    return not isinstance(encoder, nn.Module) or any(p.requires_grad for p in encoder.parameters())
+    modules = modules_of(each.encoder)
+    return not modules or any(p.requires_grad for m in modules for p in m.parameters())
 
 
 def _replay(encoded: list[_Encoded]) -> None:
-    """Passes the embeddings' gradients on into the encoders, a chunk at a time."""
+    """Passes the embeddings' gradients on into the encoders, a chunk at a time.
+
+    From the last batch to the first: one's inputs may be embeddings of one before.
+    """
+    passed_on = {id(x) for each in encoded for _, x in leaves(each.inputs)}
     for each in encoded:
-        assert each.leaf is not None
-        if each.leaf.grad is None:
-            name = getattr(each.encoder, "__name__", type(each.encoder).__name__)
-            raise RuntimeError(
-                f"the embeddings of {name} have no gradient at the end of the step: call "
-                "loss.backward() inside the block, on a loss that depends on them; run what the "
-                "loss does not need outside of it"
-            )
+        if id(each.leaf) not in passed_on:
+            _check_has_gradient(each)
     if not encoded:
         return
-    devices = set().union(*(devices_of(each.inputs, each.encoder) for each in encoded))
+    order = encoded[::-1]
+    last = {id(m): i for i, each in enumerate(order) for m in summing_modules(each.encoder)}
+    devices = set().union(*(each.devices for each in encoded))
     after = Surroundings.now(devices)
-    last = {id(each.encoder): i for i, each in enumerate(encoded)}
-    with torch.enable_grad():
-        for i, each in enumerate(encoded):
-            _backward(each, sums=last[id(each.encoder)] == i)
-    after.restore()  # as if nothing had been run again
+    try:
+        with torch.enable_grad(), without_autocast(devices):
+            for i, each in enumerate(order):
+                _check_has_gradient(each)
+                _backward(each, loud={key for key, at in last.items() if at == i})
+    finally:
+        after.restore()  # as if nothing had been run again
 
 
-def _backward(each: _Encoded, sums: bool) -> None:
-    """The second pass over one batch; `sums`: its last chunk's backward sums over ranks."""
+def _check_has_gradient(each: _Encoded) -> None:
+    assert each.leaf is not None
+    if each.leaf.grad is None:
+        raise RuntimeError(
+            f"the embeddings of {each.name} have no gradient at the end of the step: call "
+            "loss.backward() inside the block, on a loss that depends on them; encode what needs "
+            "no gradient under torch.no_grad()"
+        )
+
+
+def _backward(each: _Encoded, loud: set[int]) -> None:
+    """The second pass over one batch; `loud`: what sums over ranks in its last chunk's backward."""
     assert each.leaf is not None
     grad = each.leaf.grad
     assert grad is not None
-    again = [i for i in range(len(each.chunks)) if i not in each.kept]
-    order = [*each.kept, *again]
+    order = [*each.kept, *(i for i in range(len(each.chunks)) if i not in each.kept)]
     for i in order:
-        start, stop = each.chunks[i]
-        quiet = without_sums(each.encoder) if not (sums and i == order[-1]) else _nothing()
-        with quiet:
+        rows = slice(*each.chunks[i])
+        with without_sums(each.encoder, loud if i == order[-1] else ()):
             part = each.kept.pop(i, None)
             if part is None:
                 surroundings = each.surroundings[i]
                 assert surroundings is not None
-                with surroundings.again():
+                with surroundings.again(), each.in_its_modes():
                     part = each.run(i)
-            torch.autograd.backward(part, grad[start:stop].to(part.dtype))
+                _check_same(each, part.detach(), each.leaf.detach()[rows])
+            if part.requires_grad:
+                torch.autograd.backward(part, grad[rows].to(part.dtype))
     each.leaf.grad = None
+    each.leaf.register_hook(_too_late)  # type: ignore[no-untyped-call]
 
 
-def _nothing() -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+def _check_same(each: _Encoded, again: Tensor, first: Tensor) -> None:
+    """Notices an encoder that gives other embeddings when it is run again."""
+    eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
+    largest = first.abs().amax() if first.numel() else 0.0
+    off = (again - first).abs() > 64 * eps * largest  # what another order of sums may do
+    if again.shape == first.shape and not bool(off.any()):
+        return
+    message = (
+        f"{each.name} gave other embeddings when it was run again, so that the gradient is not "
+        "that of the loss: it changes its inputs or its buffers, or draws from a generator that is "
+        "not saved (PyTorch's, Python's and NumPy's global ones are)"
+    )
+    if each.strict:
+        raise RuntimeError(message + " (strict=True refuses)")
+    warnings.warn(message, NotExact, stacklevel=2)
+
+
+def _too_late(_: Tensor) -> None:
+    raise RuntimeError(
+        "a backward through cached embeddings after their block has ended reaches no encoder: call "
+        "it inside of the block"
+    )
 
 
 def grad_cache(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastcl.caching.cache import arguments_of
 from fastcl.caching.chunks import leaves
+from fastcl.caching.replay import without_autocast
 from fastcl.caching.step import check_chunk_size, grad_cache
 
 
@@ -86,7 +87,8 @@ class GradCache:
                 ]
                 loss = self.loss_fn(*reps, **loss_kwargs)
             scaled: Tensor = self.scaler.scale(loss) if self.fp16 else loss
-            scaled.backward()  # type: ignore[no-untyped-call]
+            with without_autocast({scaled.device}):
+                scaled.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     forward = cache_step = __call__
@@ -94,9 +96,10 @@ class GradCache:
     def _encode(self, cached: Any, model: Callable[..., Any], given: Any, size: int) -> Any:
         if self.split_input_fn is not None:
             parts = self.split_input_fn(given, size)
-            return cached(model, chunks=[arguments_of(part) for part in parts])
-        args, kwargs = arguments_of(given)
-        return cached(model, *args, chunk_size=size, **kwargs)
+            if len(parts) == 0:
+                raise ValueError("split_input_fn returned no chunk; expected a list of inputs")
+            return cached.encode(model, [arguments_of(part) for part in parts])
+        return cached.encode(model, arguments_of(given), size)
 
     def _autocast(self, inputs: Any) -> contextlib.AbstractContextManager[Any]:
         if not self.fp16:

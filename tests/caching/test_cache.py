@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
+import random
 import re
+import warnings
 from collections import UserDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -374,7 +378,7 @@ def test_only_keyword_arguments_and_an_unused_column() -> None:
 def test_batch_norm_is_named() -> None:
     encoder = nn.Sequential(nn.Linear(10, D), nn.BatchNorm1d(D)).double()
     with (
-        pytest.warns(fastcl.caching.NotExact, match="1: BatchNorm1d in train mode normalises over"),
+        pytest.warns(fastcl.caching.NotExact, match="1: BatchNorm1d normalises over"),
         fastcl.grad_cache(chunk_size=8) as cached,
     ):
         cached(encoder, images()).sum().backward()
@@ -568,3 +572,226 @@ def test_a_budget_or_a_size() -> None:
             fastcl.GradCache([image_encoder()], LOSSES["clip"], **given)
     with pytest.raises(ValueError, match="keep is -1; expected a number of chunks"):
         fastcl.grad_cache(8, keep=-1)
+
+
+# ---- what made other caches silently wrong ----
+
+
+def whole_step(encode: Callable[..., Tensor], *inputs: Any, chunk: int | None = 7) -> None:
+    """A step of one encoder, with or without a cache."""
+    if chunk is None:
+        z = encode(*inputs)
+        fastcl.info_nce(z, z.flip(1), normalize=True).backward()
+        return
+    with fastcl.grad_cache(chunk_size=chunk) as cached:
+        z = cached(encode, *inputs)
+        fastcl.info_nce(z, z.flip(1), normalize=True).backward()
+
+
+def test_embeddings_may_go_into_another_encoder() -> None:
+    """A projector behind a backbone, both cached, both with a loss."""
+    found = []
+    for chunk in (5, None):
+        backbone, projector = image_encoder(), nn.Linear(D, D).double()
+        projector.load_state_dict({"weight": torch.eye(D) + 0.1, "bias": torch.ones(D)})
+        with fastcl.grad_cache(chunk_size=chunk or N) as cached:
+            encode = cached if chunk else (lambda module, x: module(x))
+            h = encode(backbone, images())
+            z = encode(projector, h)
+            (fastcl.info_nce(z, h, normalize=True) + h.square().sum()).backward()
+        found.append(gradients(backbone, projector))
+    same(*found)
+
+
+def test_modes_are_those_of_the_first_pass() -> None:
+    encoder, found = image_encoder(dropout=0.5), []
+    for chunk in (5, None):
+        encoder.zero_grad()
+        with fastcl.grad_cache(chunk_size=chunk or N) as cached:
+            z = cached(encoder.eval(), images()) if chunk else encoder.eval()(images())
+            encoder.train()
+            fastcl.info_nce(z, z.flip(1), normalize=True).backward()
+        assert encoder[3].training
+        found.append(gradients(encoder))
+    same(*found)
+
+
+def test_pythons_and_numpys_random_numbers_too() -> None:
+    """Checked by what comes out: the second run's embeddings are the first's."""
+    encoder = image_encoder()
+
+    def dropping(x: Tensor) -> Tensor:
+        return encoder(x * (random.random() < 0.5) + np.random.rand())  # noqa: NPY002
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastcl.caching.NotExact)
+        whole_step(dropping, images())
+
+
+def in_place(x: Tensor) -> Tensor:
+    return x.mul_(2.0) * torch.ones(10, dtype=x.dtype, requires_grad=True)
+
+
+class Counting(nn.Linear):
+    """An encoder whose buffer changes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(10, D)
+        self.register_buffer("factor", torch.ones(()))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.factor.mul_(0.9)
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("encode", [in_place, Counting()], ids=["inputs", "buffers"])
+def test_an_encoder_that_changes_something_is_noticed(encode: Any) -> None:
+    with pytest.warns(fastcl.caching.NotExact, match="gave other embeddings when it was run again"):
+        whole_step(encode, images())
+    cache = fastcl.GradCache([encode], lambda z: z.square().sum(), 7, strict=True)
+    with pytest.raises(RuntimeError, match="strict=True refuses"):
+        cache(images())
+
+
+def wrapped(module: nn.Module) -> list[Callable[..., Tensor]]:
+    return [module, module.forward, functools.partial(module), lambda x: module(x)]
+
+
+@pytest.mark.parametrize("way", range(4))
+def test_modules_are_found_within_functions(way: int) -> None:
+    inexact = [
+        nn.Sequential(nn.Linear(10, D), nn.BatchNorm1d(D)),
+        nn.BatchNorm1d(10, track_running_stats=False).eval(),
+        nn.utils.spectral_norm(nn.Linear(10, D)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(10, D)),
+    ]
+    for module in inexact:
+        encode = wrapped(module.double())[way]
+        with pytest.raises(ValueError, match="is not exact"):
+            fastcl.GradCache([encode], lambda z: z.sum(), 8, strict=True)(images())
+
+
+class Stored(MutableMapping):
+    """A mapping with storage of its own, which a shallow copy shares."""
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._items[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+@dataclass
+class Prepared:
+    """What is computed once from what is given."""
+
+    x: Tensor
+    doubled: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.x + 1
+        self.doubled = 2 * self.x
+
+
+def test_batches_are_left_as_they_are() -> None:
+    encoder, stored, prepared = image_encoder(), Stored(x=images()), Prepared(images())
+    whole_step(lambda batch: encoder(batch["x"]), stored)
+    assert torch.equal(stored["x"], images())
+    encoder.zero_grad()
+    whole_step(lambda batch: encoder(batch.x + batch.doubled), prepared)
+    found = gradients(encoder)
+    encoder.zero_grad()
+    whole_step(lambda batch: encoder(batch.x + batch.doubled), prepared, chunk=None)
+    same(found, gradients(encoder))
+
+
+def test_texts_alone_and_sizes_that_are_no_rows() -> None:
+    table = nn.Embedding(N, D).double()
+    names, seen = [str(i) for i in range(N)], []
+
+    def encode(texts: list[str], size: tuple[int, int] = (0, 0)) -> Tensor:
+        seen.append((len(texts), size))
+        return table(torch.tensor([int(text) for text in texts]))
+
+    whole_step(encode, names)
+    assert [n for n, _ in seen[:4]] == [7, 7, 7, 3]
+    with fastcl.grad_cache(chunk_size=1) as cached:
+        cached(encode, names[:2], size=(224, 200)).sum().backward()
+    assert seen[-1] == (1, (224, 200))
+
+
+def test_the_backward_is_not_under_autocast() -> None:
+    """Called within it, as the object does its own backward; the encoder has a float32 head."""
+    encoder = nn.Sequential(nn.Linear(10, 16), nn.Tanh()), nn.Linear(16, D)
+
+    def encode(x: Tensor) -> Tensor:
+        hidden = encoder[0](x)
+        with torch.autocast("cpu", enabled=False):
+            return encoder[1](hidden.float())
+
+    found = []
+    for within in (True, False):
+        for module in encoder:
+            module.zero_grad()
+        cache = fastcl.GradCache([encode], lambda z: fastcl.info_nce(z, z.flip(1)), 7)
+        if within:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                cache(images().float())
+        else:
+            with fastcl.grad_cache(chunk_size=7) as cached:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    z = cached(encode, images().float())
+                    loss = fastcl.info_nce(z, z.flip(1))
+                loss.backward()
+        found.append(gradients(*encoder))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_life_of_a_step() -> None:
+    encoder = image_encoder(dropout=0.2)
+    step = fastcl.grad_cache(chunk_size=8)
+    with step as cached:
+        z = cached(encoder, images())
+        with pytest.raises(RuntimeError, match="open already"):
+            step.__enter__()
+        z.sum().backward()
+    with pytest.raises(RuntimeError, match="after their block has ended reaches no encoder"):
+        z.square().sum().backward()
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
+    with fastcl.grad_cache(chunk_size=8, keep=0) as cached:
+        z = cached(encoder, images())
+        fastcl.info_nce(z, cached(lambda x: frozen(x), images()), normalize=True).backward()
+
+
+def test_random_numbers_after_an_encoder_that_raises_when_run_again() -> None:
+    calls = 0
+
+    def encode(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyError
+        return F.dropout(x, 0.5) * torch.ones(10, dtype=x.dtype, requires_grad=True)
+
+    torch.manual_seed(0)
+    with pytest.raises(KeyError):
+        fastcl.GradCache([encode], lambda z: z.sum(), 8)(images())
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    for _ in range(3):
+        F.dropout(images(8), 0.5)
+    assert torch.equal(after, torch.rand(1))

@@ -100,5 +100,5 @@ def test_wrong_use() -> None:
         GradCache([Encoder(0)], 0, loss)
     with pytest.raises(ValueError, match="1 inputs for 2 models"):
         GradCache([Encoder(0), Encoder(1)], 4, loss)(X)
-    with pytest.raises(ValueError, match="chunks= is empty"):
+    with pytest.raises(ValueError, match="split_input_fn returned no chunk"):
         GradCache([Encoder(0)], 4, loss, split_input_fn=lambda x, size: [])(X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,3 +119,30 @@ def test_outside_parameters_accumulate(crew_of: CrewOf) -> None:
     expected = 2 * alone((5, 4), True)[-1]
     for (found,) in crew_of(2).run(accumulated, (5, 4)):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def within_a_function(counts: tuple[int, ...]) -> tuple[list[Tensor], int]:
+    """DDP is found within what calls it: still one sum, whatever the numbers of chunks."""
+    sums = 0
+
+    def count(state, bucket):
+        nonlocal sums
+        sums += 1
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda f: f.value()[0] / dist.get_world_size())
+
+    module, log_scale = DistributedDataParallel(encoder()), torch.tensor(2.0, dtype=torch.float64)
+    module.register_comm_hook(None, count)
+    x, group = batch(sum(counts))[rows_of(counts, dist.get_rank())], dist.group.WORLD
+    with fastcl.grad_cache(chunk_size=3) as cached:
+        z0, z1 = cached(lambda rows: module(rows), x), cached(functools.partial(module), x.flip(1))
+        loss_of(z0, z1, log_scale, group=group).backward()
+    return [p.grad for p in module.parameters()], sums
+
+
+def test_a_module_within_a_function(crew_of: CrewOf) -> None:
+    expected = alone((9, 3), shared=True)[1:-1]
+    for found, sums in crew_of(2).run(within_a_function, (9, 3)):
+        assert sums == 1
+        for x, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, right, rtol=1e-10, atol=1e-12)
