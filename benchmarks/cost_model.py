@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from fastcl.distributed.cost import exchange_cost
+from fastcl.distributed.exchange import partner
 from fastcl.kernels.plan import plan_symmetric
 
 LOSSES = ("clip", "siglip", "nt_xent", "info_nce")
 MODES = ("gather", "ring")
 TWO_SIDED = "two-sided"  # open_clip's ClipLoss(local_loss=True, gather_with_grad=True)
-STATISTICS = 8  # bytes of a line's maximum and sum, or maximum and weight
-HEADER = 24  # bytes that a rank says of itself in the agreement before a loss
+_OF_BYTES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 WORKSPACE = 256 << 20  # bytes: the default
 
 
@@ -89,10 +92,10 @@ class Cost:
     def _pair(self, rank: int, hop: int) -> Block:
         """With the rank so much further; at half way (of an even W) two ranks share one block."""
         n = self.embeddings
-        if self.loss != "nt_xent" or 2 * hop < self.ranks:
+        if self.loss != "nt_xent":
             return Block(n, n)
-        first = rank < (rank + hop) % self.ranks
-        return Block(n // 2, n) if first else Block(n, n - n // 2)
+        rows, keys = partner((n,) * self.ranks, rank, hop)
+        return Block(rows.stop - rows.start, keys.size)
 
     # ---- arithmetic, in entries of the matrix; each product over one is 2 D FLOP ----
 
@@ -144,26 +147,15 @@ class Cost:
         if self.mode == TWO_SIDED:
             one = others * n * self.dim * self.itemsize
             return Sent(2 * one, 2 * one, 0, 0)
-        there, back = self._rows_there, self._rows_back
-        if self.mode == "ring":
-            there, back = 2 * self.hops * n, self.hops * n  # again in the backward
-        statistics = 0
-        if self.loss in ("clip", "nt_xent"):  # to each column's owner, and from it to all
-            statistics = STATISTICS * (self._rows_back + others * n)
-        return Sent(
-            there * self.dim * self.itemsize,
-            back * self.dim * self.wire,
-            statistics,
-            HEADER * others,
+        cost = exchange_cost(
+            n,
+            self.ranks,
+            self.dim,
+            _OF_BYTES[self.itemsize],
+            mode=self.mode,
+            symmetric=self.loss == "nt_xent",
+            columns=self.loss in ("clip", "nt_xent"),
+            reduce_dtype=_OF_BYTES[self.wire],
+            rank=self.rank,
         )
-
-    @property
-    def _rows_there(self) -> int:
-        """Rows that others ask of this rank."""
-        before = ((self.rank - hop) % self.ranks for hop in range(1, self.hops + 1))
-        return sum(self._pair(rank, hop).keys for hop, rank in enumerate(before, 1))
-
-    @property
-    def _rows_back(self) -> int:
-        """Others' rows that this rank computes with."""
-        return sum(block.keys for block in list(self.blocks())[1:])
+        return Sent(cost.embeddings, cost.gradients, cost.statistics, cost.header)

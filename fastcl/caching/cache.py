@@ -72,17 +72,10 @@ class GradCache:
             raise ValueError("encoders is empty; expected one for each input of a call")
         if (chunk_size is None) == (memory_budget is None):
             raise ValueError("give chunk_size or memory_budget, one of the two")
-        if chunk_size is None:
-            chunk_size = []
-        sizes = [chunk_size] * len(self.encoders) if isinstance(chunk_size, int) else chunk_size
-        self.chunk_sizes = [check_chunk_size(size) for size in sizes]
-        self.keeps = [1 if keep is None else keep] * len(self.encoders)
+        count = len(self.encoders)
+        self.chunk_sizes = [] if chunk_size is None else sizes_of("chunk_size", chunk_size, count)
+        self.keeps = [1 if keep is None else keep] * count
         self.memory_budget = memory_budget
-        if memory_budget is None and len(self.chunk_sizes) != len(self.encoders):
-            raise ValueError(
-                f"chunk_size has {len(self.chunk_sizes)} numbers for {len(self.encoders)} "
-                "encoders; expected one number, or one for each"
-            )
         self.loss, self.keep, self.strict, self.embeddings = loss, keep, strict, embeddings
         self.scaler, self.outside, self.group = scaler, list(outside), group
 
@@ -141,6 +134,17 @@ class GradCache:
             now = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             mean = sum_over_ranks(now if old is None else now - old, self.group) / size
             parameter.grad = mean if old is None else old + mean
+
+
+def sizes_of(name: str, given: int | Sequence[int], count: int) -> list[int]:
+    """A chunk size for each encoder, from one number or one for each."""
+    sizes = list(given) if isinstance(given, Sequence) else [given] * count
+    if len(sizes) != count:
+        raise ValueError(
+            f"{name} has {len(sizes)} numbers for {count} encoders; expected one number, or one "
+            "for each"
+        )
+    return [check_chunk_size(size) for size in sizes]
 
 
 def arguments_of(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcl.caching.cache import arguments_of
+from fastcl.caching.cache import arguments_of, sizes_of
 from fastcl.caching.chunks import leaves
 from fastcl.caching.replay import without_autocast
-from fastcl.caching.step import check_chunk_size, grad_cache
+from fastcl.caching.step import grad_cache
 
 
 class GradCache:
@@ -52,13 +52,7 @@ class GradCache:
         scaler: Any = None,
     ) -> None:
         self.models = list(models)
-        sizes = [chunk_sizes] * len(self.models) if isinstance(chunk_sizes, int) else chunk_sizes
-        self.chunk_sizes = [check_chunk_size(size) for size in sizes]
-        if len(self.chunk_sizes) != len(self.models):
-            raise ValueError(
-                f"chunk_sizes has {len(self.chunk_sizes)} numbers for {len(self.models)} models; "
-                "expected one number, or one for each"
-            )
+        self.chunk_sizes = sizes_of("chunk_sizes", chunk_sizes, len(self.models))
         if fp16 and scaler is None:
             raise ValueError("fp16=True needs a scaler: pass scaler=torch.amp.GradScaler()")
         self.loss_fn, self.split_input_fn, self.get_rep_fn = loss_fn, split_input_fn, get_rep_fn

@@ -12,12 +12,23 @@ from fastcl.kernels.dtypes import accumulation_dtype
 
 
 class ExchangeCost(NamedTuple):
-    """Of rank 0, one forward and backward with gradients for both towers, equal batches, no ids."""
+    """Bytes of one forward and backward with gradients for both towers, equal batches, no ids."""
 
-    sent: int
-    """Bytes that it sends."""
-    held: int
-    """Bytes of other ranks' rows that it holds at a time."""
+    embeddings: int = 0
+    """Sent: rows of the other tower."""
+    gradients: int = 0
+    """Sent: their gradients."""
+    statistics: int = 0
+    """Sent: of columns."""
+    header: int = 0
+    """Sent: in the agreement."""
+    held: int = 0
+    """Of other ranks' rows, at a time."""
+
+    @property
+    def sent(self) -> int:
+        """All that is sent."""
+        return self.embeddings + self.gradients + self.statistics + self.header
 
 
 def exchange_cost(
@@ -30,8 +41,9 @@ def exchange_cost(
     symmetric: bool,
     columns: bool,
     reduce_dtype: torch.dtype | None = None,
+    rank: int = 0,
 ) -> ExchangeCost:
-    """For `rows` embeddings on each rank.
+    """Of one rank, for `rows` embeddings on each.
 
     `symmetric`: of self-similarities, half of which each rank computes. `columns`: statistics of
     columns are merged (CLIP's; the symmetric matrix's rows).
@@ -40,8 +52,8 @@ def exchange_cost(
     counts = (rows,) * ranks
     if symmetric:
         hops = range(1, ranks // 2 + 1)
-        asked = [partner(counts, -d % ranks, d)[1].size for d in hops]
-        wanted = [partner(counts, 0, d)[1].size for d in hops]
+        asked = [partner(counts, (rank - d) % ranks, d)[1].size for d in hops]
+        wanted = [partner(counts, rank, d)[1].size for d in hops]
     else:
         asked = wanted = [rows] * others
     there, back = sum(asked), sum(wanted)
@@ -49,6 +61,11 @@ def exchange_cost(
         there, back = 2 * len(asked) * rows, len(wanted) * rows
     line = 2 * wide.itemsize  # a maximum and a sum; then, from the owner to all, with its weight
     statistics = line * (sum(wanted) + others * rows) if columns else 0
-    sent = there * dim * dtype.itemsize + back * dim * (reduce_dtype or wide).itemsize
     held = min(2, len(asked)) * rows if mode == "ring" else sum(wanted) + rows * (not symmetric)
-    return ExchangeCost(sent + statistics + HEADER * others, held * dim * dtype.itemsize)
+    return ExchangeCost(
+        there * dim * dtype.itemsize,
+        back * dim * (reduce_dtype or wide).itemsize,
+        statistics,
+        HEADER * others,
+        held * dim * dtype.itemsize,
+    )

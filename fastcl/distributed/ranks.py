@@ -96,10 +96,7 @@ class Ranks:
             self.team, tuple(factor * n for n in self.counts), self.mode, self.reduce_dtype
         )
 
-    def share(self, local_sum: Tensor, reduction: str, anchors: int = 1) -> Tensor:
-        """This rank's loss of its anchors' sum: the mean over ranks is the loss of the whole batch.
-
-        `anchors`: how many each row has.
-        """
+    def share(self, local_sum: Tensor, reduction: str) -> Tensor:
+        """This rank's loss of its rows' sum: the mean over ranks is the loss of the whole batch."""
         whole = local_sum * self.size
-        return whole / (anchors * self.total) if reduction == "mean" else whole
+        return whole / self.total if reduction == "mean" else whole

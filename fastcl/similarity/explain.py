@@ -147,14 +147,14 @@ def explain(
     rows = 2 * n if loss == "nt_xent" else n
     if world_size > 1:
         mode = choose_mode(mode, world_size * n, d, world_size, dtype, True)
-    kind = Kind(loss, one_pass=loss in ("info_nce", "siglip_loss") and mode != "ring")
+    ring = world_size > 1 and mode == "ring"
+    kind = Kind(loss, one_pass=loss in ("info_nce", "siglip_loss") and not ring)
     # Rows and columns of this rank's blocks: one, or one for each rank.
     blocks = [(rows, m or rows, loss == "nt_xent")]
     if world_size > 1 and loss == "nt_xent":  # half of the other ranks' rows
         blocks += [(rows, rows, False)] * ((world_size - 1) // 2)
         blocks += [(rows // 2, rows, False)] * (world_size % 2 == 0 and rows > 1)
     elif world_size > 1:
-        ring = mode == "ring"
         blocks = [(rows, rows, False)] * world_size if ring else [(rows, world_size * rows, False)]
     costs = [
         block_cost(kind, r, c, d, dtype, backend, budget, symmetric=own) for r, c, own in blocks
@@ -178,7 +178,7 @@ def _together(
     first, wide = costs[0], accumulation_dtype(dtype)
     n = first.plan.n
     m = first.plan.m if world_size == 1 else n * world_size
-    exchange, accumulators = ExchangeCost(0, 0), first.accumulators
+    exchange, accumulators = ExchangeCost(), first.accumulators
     if mode is not None:
         exchange = exchange_cost(
             n,
@@ -214,5 +214,6 @@ def _together(
         accumulators * wide.itemsize,
         world_size,
         mode,
-        *exchange,
+        exchange.sent,
+        exchange.held,
     )

@@ -567,6 +567,8 @@ def test_a_budget_is_as_exact(rows: int) -> None:
 
 
 def test_a_budget_or_a_size() -> None:
+    with pytest.raises(ValueError, match=r"chunk_size is 16\.0; expected a number of rows"):
+        fastcl.GradCache([image_encoder()], LOSSES["clip"], 16.0)
     for given in ({}, {"chunk_size": 3, "memory_budget": 1 << 20}):
         with pytest.raises(ValueError, match="give chunk_size or memory_budget, one of the two"):
             fastcl.GradCache([image_encoder()], LOSSES["clip"], **given)

@@ -94,7 +94,7 @@ def test_half_precision_with_a_scaler() -> None:
 def test_wrong_use() -> None:
     with pytest.raises(ValueError, match="fp16=True needs a scaler"):
         GradCache([Encoder(0)], 4, loss, fp16=True)
-    with pytest.raises(ValueError, match="chunk_sizes has 1 numbers for 2 models"):
+    with pytest.raises(ValueError, match="chunk_sizes has 1 numbers for 2 encoders"):
         GradCache([Encoder(0), Encoder(1)], [4], loss)
     with pytest.raises(ValueError, match="chunk_size is 0; expected a number of rows"):
         GradCache([Encoder(0)], 0, loss)

@@ -103,6 +103,8 @@ def test_modes_of_a_rank() -> None:
     told = fastcl.explain("siglip_loss", 1 << 17, 1024, dtype=torch.bfloat16, world_size=64)
     assert told.mode == "ring"
     assert fastcl.explain("siglip_loss", 64, 64).mode is None
+    for loss in ("siglip_loss", "info_nce"):  # of one process, whatever the mode: 3 products
+        assert fastcl.explain(loss, 64, 64, mode="ring") == fastcl.explain(loss, 64, 64)
     with pytest.raises(ValueError, match="m has no meaning for a batch across ranks"):
         fastcl.explain("info_nce", 8, 8, m=9, world_size=2)
     with pytest.raises(ValueError, match="world_size is 0; expected a positive number of ranks"):
