@@ -210,7 +210,8 @@ def _first_pass(each: _Encoded, keep: int) -> Tensor:
             if with_graph and i == count - keep:
                 # Casts that autocast has made without a graph would be taken for ones with it.
                 torch.clear_autocast_cache()
-            each.surroundings.append(None if with_graph else Surroundings.now(devices))
+            before = each.surroundings[-1] if each.surroundings else None
+            each.surroundings.append(None if with_graph else Surroundings.now(devices, before))
             with torch.set_grad_enabled(with_graph):
                 part = each.run(i)
             if with_graph:
